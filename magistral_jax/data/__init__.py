@@ -1,0 +1,1 @@
+"""Problems, chat templates, tokenizers: from files and generators to prompts."""

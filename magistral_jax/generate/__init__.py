@@ -1,0 +1,1 @@
+"""The generation engine: paged KV cache, sampling, continuous batching."""

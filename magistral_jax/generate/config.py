@@ -1,0 +1,34 @@
+"""Settings of the generation engine."""
+
+import dataclasses
+from typing import Literal
+
+
+@dataclasses.dataclass(frozen=True)
+class GenerationConfig:
+    """Engine and sampling."""
+
+    num_slots: int = 64
+    """Sequences decoded at one time."""
+    page_size: int = 16
+    """Tokens of a KV page."""
+    num_pages: int = 0
+    """Pages of the pool; 0 makes enough for every slot at full length."""
+    max_prompt_tokens: int = 256
+    """Longest prompt in tokens; a longer one is an error that names it."""
+    max_new_tokens: int = 256
+    """Longest completion in tokens, stop token included."""
+    decode_block: int = 8
+    """Decode steps per dispatch (K): weights are swapped and slots refilled between blocks."""
+    prefill_rows: int = 8
+    """Prompts prefilled in one dispatch."""
+    temperature: float = 1.0
+    """Sampling temperature of training rollouts (§5.2: 1.0)."""
+    top_p: float = 1.0
+    """Nucleus mass; 1 is off."""
+    top_k: int = 0
+    """Most probable tokens to draw from; 0 is off."""
+    on_publish: Literal["in_place", "recompute", "drain"] = "in_place"
+    """What happens to running sequences when weights arrive (§3): keep their KV cache, rebuild it, or finish first."""
+    kv_dtype: Literal["float32", "bfloat16"] = "float32"
+    """Precision of the KV cache."""

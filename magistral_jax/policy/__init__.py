@@ -1,0 +1,1 @@
+"""The language model: definition, sharding, log-probs, Hugging Face folders."""

@@ -1,0 +1,55 @@
+"""Shape of a decoder of the Mistral, Llama and Qwen families. Imports no jax, so that `--help` stays fast."""
+
+import dataclasses
+from typing import Literal
+
+
+@dataclasses.dataclass(frozen=True)
+class ModelConfig:
+    """Architecture; read from `config.json` of a model folder, never guessed."""
+
+    vocab_size: int
+    d_model: int
+    num_layers: int
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    d_ff: int
+    rope_theta: float = 10_000.0
+    norm_eps: float = 1e-5
+    max_positions: int = 4096
+    """Longest sequence the model was made for, in tokens."""
+    tie_embeddings: bool = False
+    """The output head is the transposed embedding table."""
+    qkv_bias: bool = False
+    """Bias on q, k and v (Qwen2)."""
+    qk_norm: bool = False
+    """RMSNorm over the head dimension of q and k (Qwen3)."""
+    sliding_window: int | None = None
+    """A token attends to this many tokens, itself included (Mistral 7B v0.1); None is all."""
+    rope_scaling: "RopeScaling | None" = None
+    """Long-context frequency scaling (Llama 3)."""
+
+
+@dataclasses.dataclass(frozen=True)
+class RopeScaling:
+    """Llama 3's frequency scaling (`rope_type` "llama3")."""
+
+    factor: float
+    low_freq_factor: float
+    high_freq_factor: float
+    original_max_positions: int
+
+
+@dataclasses.dataclass(frozen=True)
+class PolicyConfig:
+    """Which model is trained and in which precision."""
+
+    path: str = ""
+    """Model folder (Hugging Face layout: config.json, safetensors, tokenizer.json)."""
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    """Precision of the computation; parameters and optimizer stay in float32."""
+    remat: Literal["none", "full"] = "none"
+    """Recompute layer activations in the backward pass."""
+    logprob_chunk: int = 256
+    """Tokens whose logits exist at one time, in training and scoring."""

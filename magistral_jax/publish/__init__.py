@@ -1,0 +1,1 @@
+"""Versioned weights from trainer to generators."""

@@ -1,0 +1,80 @@
+"""Records that live on devices: Batch, TrainState, WeightedSum, and the decorator that makes them pytrees."""
+
+import dataclasses
+from typing import Any, TypeVar, dataclass_transform
+
+import jax
+from jaxtyping import Array, Bool, Float, Int
+
+T = TypeVar("T")
+
+
+@dataclass_transform(frozen_default=True)
+def pytree_dataclass(cls: type[T]) -> type[T]:
+    """Freeze `cls` as a dataclass and register it as a pytree whose unflatten skips `__init__`.
+
+    `jax.tree_util.register_dataclass` and `flax.struct` call `__init__` on unflatten; under a shape-checking import
+    hook that breaks every `tree.map` to something that is not an array (specs, shapes, shardings).
+    """
+    data_cls = dataclasses.dataclass(frozen=True)(cls)
+    names = tuple(f.name for f in dataclasses.fields(data_cls))
+
+    def flatten_with_keys(record: T) -> tuple[tuple[tuple[Any, Any], ...], None]:
+        return tuple((jax.tree_util.GetAttrKey(n), getattr(record, n)) for n in names), None
+
+    def flatten(record: T) -> tuple[tuple[Any, ...], None]:
+        return tuple(getattr(record, n) for n in names), None
+
+    def unflatten(_: None, children: Any) -> T:
+        record = object.__new__(data_cls)
+        for name, child in zip(names, children, strict=True):
+            object.__setattr__(record, name, child)
+        return record
+
+    jax.tree_util.register_pytree_with_keys(data_cls, flatten_with_keys, unflatten, flatten)
+    return data_cls
+
+
+@pytree_dataclass
+class WeightedSum:
+    """A sum with its weight. Sums add up over microbatches and hosts; the one division comes last."""
+
+    total: Float[Array, ""]
+    weight: Float[Array, ""]
+
+    def __add__(self, other: "WeightedSum") -> "WeightedSum":
+        """Sum of both parts."""
+        return WeightedSum(self.total + other.total, self.weight + other.weight)
+
+    def mean(self) -> Float[Array, ""]:
+        """`total / weight`, and 0 where there is no weight."""
+        return jax.numpy.where(
+            self.weight == 0, 0.0, self.total / jax.numpy.where(self.weight == 0, 1.0, self.weight)
+        )
+
+
+@pytree_dataclass
+class Batch:
+    """One minibatch, packed into rows: M microbatches of B rows of T tokens.
+
+    `segment_ids` is 0 on padding and counts the sequences of a row from 1; `positions` restart at 0 in each.
+    Position t holds what concerns the *prediction of* `tokens[t]` from its predecessor: `loss_mask[t]` is True where
+    `tokens[t]` was sampled by the policy, the stop token included, and the first token of a segment is never trained.
+    """
+
+    tokens: Int[Array, "M B T"]
+    positions: Int[Array, "M B T"]
+    segment_ids: Int[Array, "M B T"]
+    loss_mask: Bool[Array, "M B T"]
+    behavior_logprob: Float[Array, "M B T"]
+    advantage: Float[Array, "M B T"]
+    weight_version: Int[Array, "M B T"]
+
+
+@pytree_dataclass
+class TrainState:
+    """All that an update changes: parameters, optimizer state, and the number of updates done."""
+
+    params: Any
+    opt_state: Any
+    num_updates: Int[Array, ""]

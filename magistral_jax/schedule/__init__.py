@@ -1,0 +1,1 @@
+"""The asynchronous loop: a pure state machine and its drivers."""

@@ -1,0 +1,1 @@
+"""Reports and plots over the folder of a run."""

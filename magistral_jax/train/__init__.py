@@ -1,0 +1,1 @@
+"""Advantages, collation, loss, optimizer, update, supervised fine-tuning."""

@@ -1,0 +1,1 @@
+"""Rewards and verdicts. Imports no jax, directly or indirectly."""
