@@ -17,7 +17,10 @@ _HOMES = {
     "Batch": "magistral_jax.pytrees",
     "Rollout": "magistral_jax.records",
 }
-__all__ = ["__version__", *_HOMES]  # pyright: ignore[reportUnsupportedDunderAll]
+
+
+def __dir__() -> list[str]:
+    return sorted([*globals(), *_HOMES])
 
 
 def __getattr__(name: str) -> Any:

@@ -17,7 +17,7 @@ def pytree_dataclass(cls: type[T]) -> type[T]:
     hook that breaks every `tree.map` to something that is not an array (specs, shapes, shardings).
     """
     data_cls = dataclasses.dataclass(frozen=True)(cls)
-    names = tuple(f.name for f in dataclasses.fields(data_cls))
+    names = tuple(f.name for f in dataclasses.fields(data_cls))  # pyright: ignore[reportArgumentType]
 
     def flatten_with_keys(record: T) -> tuple[tuple[tuple[Any, Any], ...], None]:
         return tuple((jax.tree_util.GetAttrKey(n), getattr(record, n)) for n in names), None
@@ -48,9 +48,7 @@ class WeightedSum:
 
     def mean(self) -> Float[Array, ""]:
         """`total / weight`, and 0 where there is no weight."""
-        return jax.numpy.where(
-            self.weight == 0, 0.0, self.total / jax.numpy.where(self.weight == 0, 1.0, self.weight)
-        )
+        return jax.numpy.where(self.weight == 0, 0.0, self.total / jax.numpy.where(self.weight == 0, 1.0, self.weight))
 
 
 @pytree_dataclass
@@ -60,6 +58,8 @@ class Batch:
     `segment_ids` is 0 on padding and counts the sequences of a row from 1; `positions` restart at 0 in each.
     Position t holds what concerns the *prediction of* `tokens[t]` from its predecessor: `loss_mask[t]` is True where
     `tokens[t]` was sampled by the policy, the stop token included, and the first token of a segment is never trained.
+    `loss_weight` is a token's share in the loss, 0 where masked: the loss is Σ weight · token loss ÷ Σ weight.
+    `staleness` counts the publishes between the weights that sampled a token and those being trained.
     """
 
     tokens: Int[Array, "M B T"]
@@ -68,7 +68,8 @@ class Batch:
     loss_mask: Bool[Array, "M B T"]
     behavior_logprob: Float[Array, "M B T"]
     advantage: Float[Array, "M B T"]
-    weight_version: Int[Array, "M B T"]
+    loss_weight: Float[Array, "M B T"]
+    staleness: Int[Array, "M B T"]
 
 
 @pytree_dataclass

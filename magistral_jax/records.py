@@ -24,9 +24,9 @@ class MagistralError(Exception):
 
 @dataclasses.dataclass(frozen=True)
 class Problem:
-    """One task with a checkable answer.
+    r"""One task with a checkable answer.
 
-    `answer` is the reference answer of a math problem (no `\\boxed`); `extra` holds every other column of the row.
+    `answer` is the reference answer of a math problem (no `\boxed`); `extra` holds every other column of the row.
     """
 
     id: str
@@ -106,6 +106,7 @@ class Reward:
     language: float
     path: str  # which rule decided the verdict, e.g. "string", "rational", "sympy"
     seconds: float  # time in the worker
+    language_note: str = ""  # "consistent", "inconsistent" or "too_short"; "" where it was not looked at
 
     @property
     def total(self) -> float:

@@ -47,6 +47,8 @@ class PolicyConfig:
 
     path: str = ""
     """Model folder (Hugging Face layout: config.json, safetensors, tokenizer.json)."""
+    random_init: bool = False
+    """Start from random weights: only the architecture and the tokenizer of the folder are read."""
     dtype: Literal["float32", "bfloat16"] = "float32"
     """Precision of the computation; parameters and optimizer stay in float32."""
     remat: Literal["none", "full"] = "none"

@@ -71,6 +71,10 @@ class SftConfig:
     batch_size: int = 64
     """Traces per gradient step."""
     traces: str = ""
-    """JSONL of traces (`problem`, `completion`); empty makes chain-of-sums traces from the problem source."""
+    """JSONL of traces (`problem`, `completion`); empty makes traces for the sums of `data.train`."""
     thorough_share: float = 0.4
-    """Share of generated traces that think step by step; the rest guess hastily."""
+    """Share of made traces that think step by step; the rest guess hastily."""
+    lucky_share: float = 0.2
+    """Share of the hasty guesses that are right."""
+    checkpoint_every: int = 200
+    """Gradient steps between checkpoints; 0 is only at the end and on Ctrl-C."""

@@ -37,3 +37,5 @@ class PoolConfig:
     """Completions after which a worker is replaced by a fresh one."""
     memory_mib: int = 1024
     """Address space of a worker in MiB."""
+    start_deadline: float = 120.0
+    """Seconds in which the workers have to be up, imports included."""

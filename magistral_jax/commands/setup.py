@@ -1,0 +1,164 @@
+"""What several commands need: the model folder, prompts, the engine, the run folder."""
+
+import dataclasses
+import functools
+import pathlib
+import sys
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from magistral_jax.config import Config, check, config_from_json, dump
+from magistral_jax.data.chat import build_prompt
+from magistral_jax.data.loader import make_prompts
+from magistral_jax.data.sources import load_problems
+from magistral_jax.data.tokenizer import Tokenizer, load_tokenizer
+from magistral_jax.generate.batching import ContinuousBatcher
+from magistral_jax.policy.config import ModelConfig
+from magistral_jax.policy.hf_config import read_json, read_model_config
+from magistral_jax.policy.hf_folder import load_params, save_folder
+from magistral_jax.policy.transformer import init_params
+from magistral_jax.records import MagistralError, Problem, Prompt
+
+
+def say(sentence: str) -> None:
+    """One line to standard error, where progress goes."""
+    sys.stderr.write(f"{sentence}\n")
+
+
+@dataclasses.dataclass(frozen=True)
+class Model:
+    """A loaded model folder."""
+
+    config: ModelConfig
+    params: Any
+    tokenizer: Tokenizer
+    model_type: Any  # family named in config.json; read_model_config has checked it
+
+
+def load_model(config: Config) -> Model:
+    """Architecture, float32 parameters and tokenizer of `policy.path`.
+
+    Raises:
+      MagistralError: No path, or a folder that is incomplete or does not fit together.
+    """
+    if not config.policy.path:
+        raise MagistralError("`policy.path` is empty; expected a model folder (config.json, safetensors, tokenizer).")
+    folder = pathlib.Path(config.policy.path)
+    model = read_model_config(folder)
+    longest = config.generation.max_prompt_tokens + config.generation.max_new_tokens
+    if longest > model.max_positions:
+        raise MagistralError(
+            f"`generation.max_prompt_tokens` + `generation.max_new_tokens` ({longest}) exceed the "
+            f"{model.max_positions} positions of the model in {folder}."
+        )
+    tokenizer = load_tokenizer(folder, model.vocab_size)
+    if config.policy.random_init:
+        params = init_params(model, jax.random.key(config.run.seed))
+    else:
+        params = jax.tree.map(jnp.asarray, load_params(folder, model))
+    return Model(model, params, tokenizer, read_json(folder / "config.json")["model_type"])
+
+
+def load_prompts(config: Config, tokenizer: Tokenizer, problems: Sequence[Problem]) -> list[Prompt]:
+    """Problems as the policy sees them; says how many were left out for their length."""
+    build = functools.partial(
+        build_prompt,
+        tokenizer=tokenizer,
+        system_prompt=config.data.system_prompt,
+        think_tags=think_tags(config),
+    )
+    prompts, num_dropped = make_prompts(
+        problems,
+        build,
+        max_prompt_tokens=config.generation.max_prompt_tokens,
+        overlong=config.data.overlong_prompts,
+    )
+    if num_dropped:
+        say(f"{num_dropped} of {len(problems)} problems left out: longer than generation.max_prompt_tokens")
+    return prompts
+
+
+def load_evaluation_problems(config: Config) -> list[Problem]:
+    """The held-out problems; the seed is not the run's, so that all runs are measured on the same ones."""
+    if not config.data.evaluation:
+        raise MagistralError("`data.evaluation` is empty; expected a problem file or reasoning-gym:NAME.")
+    return load_problems(config.data.evaluation, config.data.num_evaluation, EVALUATION_SEED)
+
+
+EVALUATION_SEED = 2**31 - 1
+
+
+def think_tags(config: Config) -> tuple[str, str]:
+    """Tags around the thoughts."""
+    return config.reward.think_open, config.reward.think_close
+
+
+def completion_text(model: Model, ids: np.ndarray) -> str:
+    """Text of a completion without its stop token."""
+    if len(ids) and int(ids[-1]) in model.tokenizer.stop_ids:
+        ids = ids[:-1]
+    return model.tokenizer.decode(ids)
+
+
+def save_policy(target: pathlib.Path, model: Model, params: Any, source: str) -> None:
+    """The policy as a Hugging Face folder, with the tokenizer files of the folder that it came from."""
+    save_folder(target, params, model.config, model_type=model.model_type, tokenizer_from=source)
+
+
+def make_batcher(config: Config, model: Model) -> ContinuousBatcher:
+    """The engine, its page pool allocated."""
+    return ContinuousBatcher(model.config, config.generation, tuple(model.tokenizer.stop_ids), config.run.seed)
+
+
+def open_run(config: Config) -> pathlib.Path:
+    """Create the run folder with its resolved config, or, to resume, read the config that stands in it.
+
+    Raises:
+      MagistralError: Settings that cannot work, a folder that holds a run already, or nothing to resume.
+    """
+    folder = pathlib.Path(config.run.folder)
+    path = folder / "config.json"
+    if config.run.resume:
+        if not path.exists():
+            raise MagistralError(f"{folder} holds no run to resume: config.json is missing.")
+        saved = config_from_json(path.read_text(encoding="utf-8"), origin=str(path))
+        _check_same(saved, config, path)
+    elif path.exists():
+        raise MagistralError(f"{folder} holds a run already; go on with it by --resume, or give another --folder.")
+    say_warnings(config)
+    folder.mkdir(parents=True, exist_ok=True)
+    path.write_text(dump(config), encoding="utf-8")
+    return folder
+
+
+def say_warnings(config: Config) -> None:
+    """Refuse settings that cannot work together; say which ones are unsound."""
+    for warning in check(config):
+        say(f"warning: {warning}")
+
+
+def _check_same(saved: Config, given: Config, path: pathlib.Path) -> None:
+    before, now = dataclasses.asdict(saved), dataclasses.asdict(given)
+    changed = [
+        f"{section}.{field}"
+        for section, fields in now.items()
+        for field, value in fields.items()
+        if before[section][field] != value and f"{section}.{field}" not in _FREE_ON_RESUME
+    ]
+    if changed:
+        raise MagistralError(f"{path}: the run was started with other settings of {', '.join(changed)}.")
+
+
+# A resume may ask for a longer run, and say less or more about it.
+_FREE_ON_RESUME = {
+    "run.resume",
+    "run.folder",
+    "run.tensorboard",
+    "run.wandb",
+    "schedule.num_steps",
+    "schedule.checkpoint_every",
+}

@@ -1,0 +1,192 @@
+"""The device side of generation: pure functions from EngineState to EngineState.
+
+    prefill (prompts to pages) → admit (slots start) → decode_block (K tokens a slot), again and again
+
+A slot starts with the last token of its prompt still to be fed, so the first decode step yields its first sample and
+nothing is sampled anywhere else. Shapes are fixed at start: weights, requests and stop ids are all arguments, so a
+weight swap is a new first argument and never a recompile.
+"""
+
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray, UInt32
+
+from magistral_jax.generate.sampling import request_uniform, sample
+from magistral_jax.policy.attention import LayerPages, PagedCache
+from magistral_jax.policy.config import ModelConfig
+from magistral_jax.policy.transformer import forward, logits
+from magistral_jax.pytrees import pytree_dataclass
+
+
+@pytree_dataclass
+class Slots:
+    """What each slot is doing. `token` at `position` is the next to be fed; both belong to `request_id`."""
+
+    page_table: Int[Array, "S W"]
+    token: Int[Array, " S"]
+    position: Int[Array, " S"]
+    last_position: Int[Array, " S"]  # a token sampled for this position ends the completion as truncated
+    is_active: Bool[Array, " S"]
+    request_id: UInt32[Array, " S"]
+    temperature: Float[Array, " S"]
+    top_p: Float[Array, " S"]
+    top_k: Int[Array, " S"]
+
+
+@pytree_dataclass
+class EngineState:
+    """The page pool, allocated once, and the slots."""
+
+    layers: tuple[LayerPages, ...]
+    slots: Slots
+
+
+@pytree_dataclass
+class Block:
+    """What one decode block sampled; `is_sampled` is False after a slot has ended."""
+
+    tokens: Int[Array, "N S"]
+    logprob: Float[Array, "N S"]
+    is_sampled: Bool[Array, "N S"]
+
+
+def init_state(
+    config: ModelConfig, *, num_slots: int, num_pages: int, page_size: int, table_width: int, dtype: jnp.dtype
+) -> EngineState:
+    """An empty engine: the only place where the page pool is allocated."""
+    shape = (num_pages, config.num_kv_heads, page_size, config.head_dim)
+    pages = lambda: LayerPages(keys=jnp.zeros(shape, dtype), values=jnp.zeros(shape, dtype))
+    integers = lambda *extra: jnp.zeros((num_slots, *extra), jnp.int32)
+    slots = Slots(
+        page_table=integers(table_width),
+        token=integers(),
+        position=integers(),
+        last_position=integers(),
+        is_active=jnp.zeros(num_slots, bool),
+        request_id=jnp.zeros(num_slots, jnp.uint32),
+        temperature=jnp.ones(num_slots),
+        top_p=jnp.ones(num_slots),
+        top_k=integers(),
+    )
+    return EngineState(tuple(pages() for _ in range(config.num_layers)), slots)
+
+
+@partial(jax.jit, static_argnames="config", donate_argnames="state")
+def prefill(
+    params: dict[str, Any],
+    config: ModelConfig,
+    state: EngineState,
+    tokens: Int[Array, "B T"],
+    lengths: Int[Array, " B"],
+    page_table: Int[Array, "B W"],
+) -> EngineState:
+    """Write keys and values of the first `lengths[b]` tokens of each row to the row's pages."""
+    rows, width = tokens.shape
+    positions = jnp.broadcast_to(jnp.arange(width, dtype=jnp.int32)[None], (rows, width))
+    segment_ids = (positions < lengths[:, None]).astype(jnp.int32)
+    cache = PagedCache(state.layers, page_table)
+    _, cache = forward(params, config, tokens, positions, segment_ids, cache, dtype=_dtype(params))
+    assert cache is not None
+    return EngineState(cache.layers, state.slots)
+
+
+@partial(jax.jit, donate_argnames="state")
+def admit(
+    state: EngineState,
+    arrivals: Slots,
+    is_new: Bool[Array, " S"],
+    source_page: Int[Array, " S"],
+    target_page: Int[Array, " S"],
+) -> EngineState:
+    """Start the slots marked `is_new`, and give each its own copy of the prompt's last, partly filled page.
+
+    A `target_page` beyond the pool means that there is nothing to copy.
+    """
+    copy = lambda pages: pages.at[target_page].set(pages.at[source_page].get(mode="clip"), mode="drop")
+    choose = lambda new, old: jnp.where(is_new.reshape((-1,) + (1,) * (new.ndim - 1)), new, old)
+    return EngineState(jax.tree.map(copy, state.layers), jax.tree.map(choose, arrivals, state.slots))
+
+
+@jax.jit
+def deactivate(slots: Slots, is_stopped: Bool[Array, " S"]) -> Slots:
+    """Stop slots from outside (cancelled or preempted)."""
+    fields = {name: getattr(slots, name) for name in Slots.__dataclass_fields__}
+    return Slots(**fields | {"is_active": slots.is_active & ~is_stopped})
+
+
+@partial(jax.jit, static_argnames=("config", "num_steps"), donate_argnames="state")
+def decode_block(
+    params: dict[str, Any],
+    config: ModelConfig,
+    state: EngineState,
+    stop_ids: Int[Array, " N"],
+    key: PRNGKeyArray,
+    *,
+    num_steps: int,
+) -> tuple[EngineState, Block]:
+    """Sample up to `num_steps` tokens in every active slot; ends early when no slot is active."""
+    num_slots = state.slots.token.shape[0]
+    empty = Block(
+        tokens=jnp.zeros((num_steps, num_slots), jnp.int32),
+        logprob=jnp.zeros((num_steps, num_slots)),
+        is_sampled=jnp.zeros((num_steps, num_slots), bool),
+    )
+
+    def goes_on(carry: tuple[Array, EngineState, Block]) -> Array:
+        step, state, _ = carry
+        return (step < num_steps) & jnp.any(state.slots.is_active)
+
+    def advance(carry: tuple[Array, EngineState, Block]) -> tuple[Array, EngineState, Block]:
+        step, state, block = carry
+        layers, token, logprob = _sample_next(params, config, state, key)
+        slots = state.slots
+        position = slots.position + 1
+        is_stop = jnp.any(token[:, None] == stop_ids[None, :], axis=-1)
+        block = Block(
+            tokens=block.tokens.at[step].set(token),
+            logprob=block.logprob.at[step].set(logprob),
+            is_sampled=block.is_sampled.at[step].set(slots.is_active),
+        )
+        slots = Slots(
+            page_table=slots.page_table,
+            token=jnp.where(slots.is_active, token, slots.token),
+            position=jnp.where(slots.is_active, position, slots.position),
+            last_position=slots.last_position,
+            is_active=slots.is_active & ~is_stop & (position < slots.last_position),
+            request_id=slots.request_id,
+            temperature=slots.temperature,
+            top_p=slots.top_p,
+            top_k=slots.top_k,
+        )
+        return step + 1, EngineState(layers, slots), block
+
+    _, state, block = jax.lax.while_loop(goes_on, advance, (jnp.int32(0), state, empty))
+    return state, block
+
+
+def _sample_next(
+    params: dict[str, Any], config: ModelConfig, state: EngineState, key: PRNGKeyArray
+) -> tuple[tuple[LayerPages, ...], Int[Array, " S"], Float[Array, " S"]]:
+    slots = state.slots
+    hidden, cache = forward(
+        params,
+        config,
+        slots.token[:, None],
+        slots.position[:, None],
+        slots.is_active[:, None].astype(jnp.int32),
+        PagedCache(state.layers, slots.page_table),
+        dtype=_dtype(params),
+    )
+    assert cache is not None
+    # The sample for position p + 1 is keyed by that position, whatever block or slot it is drawn in.
+    uniform = request_uniform(key, slots.request_id, slots.position + 1)
+    token, logprob = sample(logits(params, config, hidden[:, 0]), uniform, slots.temperature, slots.top_p, slots.top_k)
+    return cache.layers, token, logprob
+
+
+def _dtype(params: dict[str, Any]) -> jnp.dtype:
+    # The generator computes in the precision in which its weights were published.
+    return params["embed"]["embedding"].dtype

@@ -1,0 +1,252 @@
+"""Magistral's asynchronous loop (report §3), wired to real roles.
+
+    prompts → generator thread → verifier processes → groups → trainer thread → publish → generator
+
+The generator samples all the time and swaps weights in the middle of completions; verifiers stream; the trainer takes
+fixed numbers of sequences. What happens when is decided by `schedule.machine` alone; here its actions meet arrays.
+"""
+
+import concurrent.futures
+import dataclasses
+import json
+import pathlib
+import queue
+import time
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+
+from magistral_jax.checkpoint import Checkpoints
+from magistral_jax.generate.batching import ContinuousBatcher, GenerationRequest
+from magistral_jax.generate.service import GeneratorThread, GeneratorUsage
+from magistral_jax.metrics import MetricsWriter, RolloutWriter
+from magistral_jax.policy.fingerprint import fingerprint
+from magistral_jax.pytrees import TrainState
+from magistral_jax.records import Graded, MagistralError, Prompt, Reward, Rollout, SamplingParams, WeightVersion
+from magistral_jax.schedule import machine
+from magistral_jax.schedule.live import Inbox, RoleFailed, drive
+from magistral_jax.schedule.machine import Rules, State
+from magistral_jax.schedule.observe import describe_rollouts
+from magistral_jax.verify.pool import VerifierPool, VerifyItem
+
+# (state, groups, version) -> (state, metrics, advantages)
+Update = Callable[[TrainState, Sequence[Sequence[Graded]], int], tuple[TrainState, dict[str, float], np.ndarray]]
+
+
+@dataclasses.dataclass(frozen=True)
+class Stages:
+    """What the loop is made of; each is a value, so that a test or a study can put another in its place."""
+
+    prompt_at: Callable[[int], Prompt]
+    decode: Callable[[np.ndarray], str]
+    extract_answer: Callable[[str], str | None]
+    sampling: SamplingParams
+    batcher: ContinuousBatcher
+    make_verifiers: Callable[[Callable[[int, Reward], None]], VerifierPool]
+    update: Update
+    publish: Callable[[Any], Any]
+    checkpoints: Checkpoints
+    metrics: MetricsWriter
+    rollouts: RolloutWriter
+    on_step: Callable[[int, dict[str, float]], None]
+
+
+class AsyncLoop:
+    """One run of the loop. `inbox` takes `StopRequested` from a signal handler at any time."""
+
+    def __init__(
+        self,
+        rules: Rules,
+        schedule: State,
+        train_state: TrainState,
+        stages: Stages,
+        *,
+        folder: pathlib.Path,
+        deadline: float,
+    ) -> None:
+        self.inbox: Inbox = queue.Queue()
+        self._rules, self._schedule, self._train_state = rules, schedule, train_state
+        self._stages, self._deadline = stages, deadline
+        self._prompts: dict[int, Prompt] = {}
+        self._rollouts: dict[int, Rollout] = {}
+        self._rewards: dict[int, Reward] = {}
+        self._sent: dict[int, int] = {}  # fingerprint of each published version, until acknowledged
+        self._log_path = folder / "events.jsonl"
+        self._usage = GeneratorUsage()
+        self._step_began = time.monotonic()
+
+    @property
+    def train_state(self) -> TrainState:
+        """Parameters and optimizer after the run."""
+        return self._train_state
+
+    def run(self) -> State:
+        """Train until the last step, a stop request, or a failure; returns the schedule as it ended.
+
+        Raises:
+          MagistralError: A role failed; the sentence says which and how.
+        """
+        stages = self._stages
+        self._generator = GeneratorThread(
+            stages.batcher,
+            on_rollout=self._on_rollout,
+            on_weights=self.inbox.put,
+            on_failure=lambda error: self.inbox.put(RoleFailed("generator", error)),
+        )
+        with (
+            self._log_path.open("a", encoding="utf-8") as log,
+            stages.make_verifiers(self._on_reward) as self._verifiers,
+            concurrent.futures.ThreadPoolExecutor(1, thread_name_prefix="trainer") as self._trainer,
+        ):
+            self._generator.start()
+            self._publish(self._schedule.num_done)  # weights come before the first rollout
+            self.inbox.put(machine.Started())
+            try:
+                self._schedule = drive(
+                    self._rules,
+                    self._schedule,
+                    self.inbox,
+                    act=self._act,
+                    on_receipt=self._check_receipt,
+                    record=lambda event: _write_event(log, event),
+                    deadline=self._deadline,
+                )
+            finally:
+                self._generator.stop(self._deadline)
+                self._verifiers.cancel_all()
+        stages.checkpoints.wait()
+        return self._schedule
+
+    def usage(self) -> GeneratorUsage:
+        """What the generator did with its time."""
+        return self._generator.usage()
+
+    # ---- actions ----
+
+    def _act(self, state: State, action: machine.Action) -> None:
+        self._generator.is_at_bound = machine.is_at_bound(self._rules, state)
+        match action:
+            case machine.Dispatch(group_id):
+                self._dispatch(group_id)
+            case machine.Verify(request_id):
+                self._verify(request_id)
+            case machine.Discard(group_id):
+                self._take(group_id)
+            case machine.Train(step, group_ids):
+                groups = [self._take(group_id) for group_id in group_ids]
+                depths = {"in_flight": self._num_in_flight(state), "ready_groups": len(state.ready)}
+                depths |= {f"total_{how}": count for how, count in state.counts.items()}
+                future = self._trainer.submit(self._train, step, groups, depths)
+                future.add_done_callback(self._on_trained)
+            case machine.Publish(version):
+                self._publish(version)
+            case machine.Checkpoint(step):
+                self._stages.checkpoints.save(step, self._train_state, machine.to_saved(state))
+            case machine.Finish():
+                pass
+
+    def _dispatch(self, group_id: int) -> None:
+        prompt = self._stages.prompt_at(group_id)
+        self._prompts[group_id] = prompt
+        first = group_id * self._rules.group_size
+        self._generator.submit(
+            [
+                GenerationRequest(request_id, prompt.token_ids, self._stages.sampling)
+                for request_id in range(first, first + self._rules.group_size)
+            ]
+        )
+
+    def _verify(self, request_id: int) -> None:
+        rollout = self._rollouts[request_id]
+        self._verifiers.submit(
+            VerifyItem(
+                request_id=request_id,
+                problem=self._prompts[request_id // self._rules.group_size].problem,
+                completion=self._stages.decode(rollout.completion_ids),
+                num_tokens=len(rollout.completion_ids),
+                max_length=self._stages.sampling.max_new_tokens,
+                truncated=rollout.truncated,
+            )
+        )
+
+    def _publish(self, version: int) -> None:
+        params = self._stages.publish(self._train_state.params)
+        self._sent[version] = fingerprint(params)
+        self._generator.set_weights(params, version)
+
+    def _take(self, group_id: int) -> tuple[Prompt, list[Graded]]:
+        """Remove and return all that is held of a group."""
+        first = group_id * self._rules.group_size
+        members = range(first, first + self._rules.group_size)
+        graded = [Graded(self._rollouts.pop(i), self._rewards.pop(i)) for i in members]
+        return self._prompts.pop(group_id), graded
+
+    # ---- the trainer thread ----
+
+    def _train(self, step: int, taken: list[tuple[Prompt, list[Graded]]], depths: dict[str, int]) -> None:
+        began = time.monotonic()
+        groups = [graded for _, graded in taken]
+        self._train_state, metrics, advantages = self._stages.update(self._train_state, groups, step)
+        now = time.monotonic()
+        num_tokens = sum(graded.rollout.num_tokens for group in groups for graded in group)
+        metrics |= describe_rollouts(groups, step) | {name: float(count) for name, count in depths.items()}
+        metrics |= {
+            "train_seconds": now - began,
+            "step_seconds": now - self._step_began,
+            "tokens_per_second": num_tokens / (now - self._step_began),
+        }
+        metrics |= self._generator_metrics()
+        self._step_began = now
+        self._stages.metrics.write(step + 1, metrics)
+        for (prompt, graded), values in zip(taken, advantages, strict=True):
+            for member, value in zip(graded, values, strict=True):
+                text = self._stages.decode(member.rollout.completion_ids)
+                answer = self._stages.extract_answer(text)
+                self._stages.rollouts.write(step + 1, prompt, member, completion=text, answer=answer, advantage=value)
+        self._stages.on_step(step + 1, metrics)
+
+    def _generator_metrics(self) -> dict[str, float]:
+        usage = self._generator.usage()
+        spent, self._usage = usage - self._usage, usage
+        total = max(spent.busy + spent.idle, 1e-9)
+        return {
+            "generator_idle_share": spent.idle / total,
+            "generator_idle_unbounded_share": (spent.idle - spent.idle_at_bound) / total,
+            "sampled_tokens_per_second": spent.num_tokens / total,
+        }
+
+    # ---- what the roles report ----
+
+    def _on_rollout(self, rollout: Rollout) -> None:
+        self._rollouts[rollout.request_id] = rollout
+        self.inbox.put(machine.Generated(rollout.request_id))
+
+    def _on_reward(self, request_id: int, reward: Reward) -> None:
+        self._rewards[request_id] = reward
+        failed = reward.verdict.is_infrastructure_failure
+        self.inbox.put(machine.Verified(request_id, None if failed else reward.total))
+
+    def _on_trained(self, future: "concurrent.futures.Future[None]") -> None:
+        error = future.exception()
+        if isinstance(error, Exception):
+            self.inbox.put(RoleFailed("trainer", error))
+        else:
+            self.inbox.put(machine.Trained())
+
+    def _check_receipt(self, receipt: WeightVersion) -> None:
+        """The generator says what it holds; anything but what was sent is a bug that must not go unnoticed."""
+        expected = self._sent.pop(receipt.version, None)
+        self._sent = {version: value for version, value in self._sent.items() if version > receipt.version}
+        if expected != receipt.fingerprint:
+            raise MagistralError(
+                f"The generator holds weights with fingerprint {receipt.fingerprint:#010x} as version "
+                f"{receipt.version}, the trainer sent {expected!r}: rollouts would come from wrong weights."
+            )
+
+    def _num_in_flight(self, state: State) -> int:
+        return sum(self._rules.group_size - len(group.rewards) for group in state.pending.values())
+
+
+def _write_event(log: Any, event: machine.Event) -> None:
+    log.write(json.dumps({"event": type(event).__name__, **dataclasses.asdict(event)}) + "\n")
