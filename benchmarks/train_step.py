@@ -10,7 +10,8 @@ same sequences: forward, backward, AdamW, log-ratios against given behaviour log
 
 We pack sequences into rows under a token budget (`train.collate`, timed apart in the JSON line: it is host work of a
 few milliseconds). The peer gets what its GRPO learner makes by default: prompts padded on the left, completions on the
-right, to their maximum. Only real tokens count, prompt included. Compilation does not count.
+right, to their maximum. (It can pack too, for models that take segment ids, as its Qwen 2 does and its Llama 3 does
+not; that is not measured here.) Only real tokens count, prompt included. Compilation does not count.
 """
 
 import dataclasses

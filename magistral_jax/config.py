@@ -23,7 +23,7 @@ import tyro
 
 from magistral_jax.data.config import DataConfig, EvaluationConfig
 from magistral_jax.generate.config import GenerationConfig
-from magistral_jax.policy.config import PolicyConfig
+from magistral_jax.policy.config import MeshConfig, PolicyConfig
 from magistral_jax.records import MagistralError
 from magistral_jax.schedule.config import ScheduleConfig
 from magistral_jax.train.config import BatchConfig, LossConfig, OptimizerConfig, SftConfig
@@ -52,6 +52,7 @@ class Config:
 
     run: RunConfig = dataclasses.field(default_factory=RunConfig)
     policy: PolicyConfig = dataclasses.field(default_factory=PolicyConfig)
+    mesh: MeshConfig = dataclasses.field(default_factory=MeshConfig)
     data: DataConfig = dataclasses.field(default_factory=DataConfig)
     generation: GenerationConfig = dataclasses.field(default_factory=GenerationConfig)
     reward: RewardConfig = dataclasses.field(default_factory=RewardConfig)
@@ -231,7 +232,7 @@ def _describe(kind: Any) -> str:
 
 _INTERVALS = {
     "[0, 4294967295]": "run.seed",
-    "[1, inf)": """policy.logprob_chunk generation.num_slots generation.page_size generation.max_prompt_tokens
+    "[1, inf)": """mesh.data mesh.fsdp mesh.tensor policy.logprob_chunk generation.num_slots generation.page_size generation.max_prompt_tokens
         generation.max_new_tokens generation.decode_block generation.prefill_rows verifiers.num_workers
         verifiers.recycle_after verifiers.memory_mib batch.batch_size batch.rows_per_microbatch sft.batch_size
         schedule.num_async schedule.ready_batches schedule.max_staleness evaluation.num_samples""",
@@ -294,6 +295,10 @@ def check(config: Config) -> list[str]:
         f"`generation.num_pages` ({generation.num_pages}) must hold one sequence: at least "
         f"{math.ceil(longest / generation.page_size)} pages of `generation.page_size` ({generation.page_size}), or 0": (
             generation.num_pages == 0 or generation.num_pages * generation.page_size >= longest
+        ),
+        f"`batch.rows_per_microbatch` ({batch.rows_per_microbatch}) must be a multiple of `mesh.data` × `mesh.fsdp` "
+        f"({config.mesh.data * config.mesh.fsdp}), which share the rows of a microbatch": (
+            batch.rows_per_microbatch % (config.mesh.data * config.mesh.fsdp) == 0
         ),
         f"`reward.length_cache` ({reward.length_cache}) must not exceed `{length_field}` ({max_length})": (
             reward.length_cache <= max_length

@@ -13,6 +13,7 @@ _COMMANDS = {
     "sft": "supervised fine-tuning on traces (cold start)",
     "evaluate": "pass@1, pass@k and maj@k of a model folder on held-out problems",
     "generate": "sample completions of the evaluation problems and print them",
+    "smollm2": "convert the packaged SmolLM2-135M-Instruct to a model folder",
     "export": "write the policy of a run as a Hugging Face folder",
 }
 

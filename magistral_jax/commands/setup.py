@@ -13,7 +13,7 @@ import numpy as np
 
 from magistral_jax.config import Config, check, config_from_json, dump
 from magistral_jax.data.chat import build_prompt
-from magistral_jax.data.loader import make_prompts
+from magistral_jax.data.loader import PromptLoader, make_prompts
 from magistral_jax.data.sources import load_problems
 from magistral_jax.data.tokenizer import Tokenizer, load_tokenizer
 from magistral_jax.generate.batching import ContinuousBatcher
@@ -115,7 +115,7 @@ def make_batcher(config: Config, model: Model) -> ContinuousBatcher:
 
 
 def open_run(config: Config) -> pathlib.Path:
-    """Create the run folder with its resolved config, or, to resume, read the config that stands in it.
+    """The run folder, if a run may begin there or, to resume, go on. Nothing is written yet.
 
     Raises:
       MagistralError: Settings that cannot work, a folder that holds a run already, or nothing to resume.
@@ -130,9 +130,20 @@ def open_run(config: Config) -> pathlib.Path:
     elif path.exists():
         raise MagistralError(f"{folder} holds a run already; go on with it by --resume, or give another --folder.")
     say_warnings(config)
-    folder.mkdir(parents=True, exist_ok=True)
-    path.write_text(dump(config), encoding="utf-8")
     return folder
+
+
+def start_run(folder: pathlib.Path, config: Config, loader: PromptLoader) -> None:
+    """Write the resolved config and the fingerprint of the data: from here on the folder holds a run.
+
+    Comes after everything that the user may have got wrong, so that a mistake leaves nothing behind.
+
+    Raises:
+      MagistralError: The run that is to be resumed was started with other data.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    loader.check_run(folder / "data.json", is_resumed=config.run.resume)
+    (folder / "config.json").write_text(dump(config), encoding="utf-8")
 
 
 def say_warnings(config: Config) -> None:

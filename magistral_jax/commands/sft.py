@@ -2,6 +2,7 @@
 
 import contextlib
 import pathlib
+import shutil
 import time
 from collections.abc import Callable
 
@@ -9,7 +10,16 @@ import numpy as np
 
 from magistral_jax.checkpoint import Checkpoints
 from magistral_jax.commands.progress import on_interrupt, progress_bar
-from magistral_jax.commands.setup import Model, load_model, load_prompts, open_run, save_policy, say, think_tags
+from magistral_jax.commands.setup import (
+    Model,
+    load_model,
+    load_prompts,
+    open_run,
+    save_policy,
+    say,
+    start_run,
+    think_tags,
+)
 from magistral_jax.config import Config
 from magistral_jax.data.loader import PromptLoader
 from magistral_jax.data.sources import load_problems
@@ -69,6 +79,7 @@ def sft(config: Config) -> None:
                 return
         checkpoints.wait()
 
+    shutil.rmtree(folder / "policy", ignore_errors=True)  # of an end that was cut off
     save_policy(folder / "policy", model, state.params, config.policy.path)
     say(f"policy: {folder / 'policy'}")
 
@@ -78,7 +89,7 @@ def make_batches(config: Config, model: Model, folder: pathlib.Path) -> Callable
     problems, completions = load_problems_or_traces(config)
     prompts = load_prompts(config, model.tokenizer, problems)
     loader = PromptLoader(prompts, config.run.seed)
-    loader.check_run(folder / "data.json", is_resumed=config.run.resume)
+    start_run(folder, config, loader)
     size = config.sft.batch_size
 
     def batch_at(update: int) -> list[TrainingSequence]:

@@ -4,6 +4,7 @@ import contextlib
 import functools
 import json
 import pathlib
+import shutil
 import time
 from typing import Any
 
@@ -24,6 +25,7 @@ from magistral_jax.commands.setup import (
     open_run,
     save_policy,
     say,
+    start_run,
     think_tags,
 )
 from magistral_jax.config import Config
@@ -31,6 +33,7 @@ from magistral_jax.data.loader import PromptLoader
 from magistral_jax.data.sources import held_out, load_problems
 from magistral_jax.evaluate import extract_answer
 from magistral_jax.metrics import METRICS_FILE, MetricsWriter, RolloutWriter, read_json_lines
+from magistral_jax.policy.sharding import make_mesh, shard_batch, shard_state
 from magistral_jax.publish.same_process import make_publish
 from magistral_jax.records import Prompt, SamplingParams
 from magistral_jax.schedule.loop import AsyncLoop, Stages
@@ -50,7 +53,7 @@ def train(config: Config) -> None:
     # ---- what is trained, and on what ----
     model = load_model(config)
     loader, held_out_prompts = load_data(config, model)
-    loader.check_run(folder / "data.json", is_resumed=config.run.resume)
+    start_run(folder, config, loader)
 
     # ---- trainer and generator ----
     rules = Rules.of(
@@ -63,13 +66,15 @@ def train(config: Config) -> None:
     optimizer = make_optimizer(config.optimizer, config.schedule.num_steps * minibatches)
     objective, temperature = grpo_objective(config.loss), config.generation.temperature or 1.0
     train_step = make_train_step(model.config, config.policy, objective, optimizer, temperature=temperature)
-    reference = jax.tree.map(jnp.copy, model.params) if config.loss.kl_coef else None
-    publish = make_publish(model.config, jnp.dtype(config.policy.dtype))
+    mesh = make_mesh(config.mesh)
+    publish = make_publish(model.config, jnp.dtype(config.policy.dtype), mesh)
     batcher = make_batcher(config, model)
 
     with contextlib.ExitStack() as stack:
         checkpoints = stack.enter_context(Checkpoints(folder / "checkpoints"))
-        train_state, schedule = init_state(model.params, optimizer), State()
+        train_state = shard_state(init_state(model.params, optimizer), model.config, mesh, optimizer)
+        reference = jax.tree.map(jnp.copy, train_state.params) if config.loss.kl_coef else None
+        schedule = State()
         if config.run.resume and checkpoints.latest_step is not None:
             step, train_state, saved = checkpoints.restore(train_state)
             schedule = from_saved(saved)
@@ -79,6 +84,8 @@ def train(config: Config) -> None:
 
         # ---- before, training, after ----
         measure("before")
+        if schedule.num_done < config.schedule.num_steps:  # a longer run than the one that stands here is another one
+            (folder / "evaluation_after.json").unlink(missing_ok=True)
         resumed_step = schedule.num_done if config.run.resume else None
         metrics = MetricsWriter(
             folder, tensorboard=config.run.tensorboard, wandb=config.run.wandb, resumed_step=resumed_step
@@ -98,7 +105,7 @@ def train(config: Config) -> None:
                 batcher=batcher,
                 make_verifiers=lambda on_result: VerifierPool(config.reward, config.verifiers, on_result),
                 update=lambda state, groups, version: update(
-                    train_step,
+                    lambda state, batch, reference: train_step(state, shard_batch(batch, mesh), reference),
                     state,
                     groups,
                     version=version,
@@ -124,6 +131,7 @@ def train(config: Config) -> None:
         measure("after")
 
     # ---- what there is to show ----
+    shutil.rmtree(folder / "policy", ignore_errors=True)  # of the shorter run, or of an end that was cut off
     save_policy(folder / "policy", model, loop.train_state.params, config.policy.path)
     write_summary(folder, schedule, wall_seconds=time.monotonic() - began)
     say(f"report: {write_report(folder)}")

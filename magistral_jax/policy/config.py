@@ -42,6 +42,18 @@ class RopeScaling:
 
 
 @dataclasses.dataclass(frozen=True)
+class MeshConfig:
+    """Devices of the trainer; the product of the three is their number. The generator runs on the first one."""
+
+    data: int = 1
+    """Copies of the parameters, each with its own rows of a microbatch."""
+    fsdp: int = 1
+    """Parts into which parameters and optimizer state are split, each with its own rows as well."""
+    tensor: int = 1
+    """Parts into which heads, feed-forward width and vocabulary are split."""
+
+
+@dataclasses.dataclass(frozen=True)
 class PolicyConfig:
     """Which model is trained and in which precision."""
 

@@ -20,7 +20,8 @@ class RoleFailed:
     error: Exception
 
 
-Inbox = queue.Queue[Event | RoleFailed | WeightVersion]
+# A SimpleQueue: a signal handler may put into it while this very thread is inside `get`.
+Inbox = queue.SimpleQueue[Event | RoleFailed | WeightVersion]
 
 
 class RoleFailedError(MagistralError):
@@ -51,19 +52,23 @@ def drive(
     Raises:
       RoleFailedError: A role failed, or all were silent for too long.
     """
-    failure: RoleFailed | None = None
+    failure: RoleFailedError | None = None
     while not state.is_finished:
         try:
             message = inbox.get(timeout=deadline)
         except queue.Empty:
-            raise RoleFailedError(
-                f"No role reported anything for {deadline:g} s (schedule.role_deadline). {_waiting_for(state)}"
-            ) from None
+            silence = f"No role reported anything for {deadline:g} s (schedule.role_deadline). {_waiting_for(state)}"
+            failure = failure or RoleFailedError(silence)
+            if state.training:  # the state is in the trainer's hands; the last checkpoint stands
+                break
+            message = StopRequested()
         if isinstance(message, WeightVersion):
             on_receipt(message)
             continue
         if isinstance(message, RoleFailed):
-            failure = message
+            if failure is None:
+                failure = RoleFailedError(f"The {message.role} failed: {message.error!r}")
+                failure.__cause__ = message.error
             if message.role == "trainer":  # its state is gone with it; the last checkpoint stands
                 break
             message = StopRequested()
@@ -72,7 +77,7 @@ def drive(
         for action in actions:
             act(state, action)
     if failure is not None:
-        raise RoleFailedError(f"The {failure.role} failed: {failure.error!r}") from failure.error
+        raise failure
     return state
 
 

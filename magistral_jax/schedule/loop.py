@@ -6,11 +6,11 @@ The generator samples all the time and swaps weights in the middle of completion
 fixed numbers of sequences. What happens when is decided by `schedule.machine` alone; here its actions meet arrays.
 """
 
-import concurrent.futures
 import dataclasses
 import json
 import pathlib
 import queue
+import threading
 import time
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -25,7 +25,7 @@ from magistral_jax.policy.fingerprint import fingerprint
 from magistral_jax.pytrees import TrainState
 from magistral_jax.records import Graded, MagistralError, Prompt, Reward, Rollout, SamplingParams, WeightVersion
 from magistral_jax.schedule import machine
-from magistral_jax.schedule.live import Inbox, RoleFailed, drive
+from magistral_jax.schedule.live import Inbox, RoleFailed, RoleFailedError, drive
 from magistral_jax.schedule.machine import Rules, State
 from magistral_jax.schedule.observe import describe_rollouts
 from magistral_jax.verify.pool import VerifierPool, VerifyItem
@@ -65,7 +65,7 @@ class AsyncLoop:
         folder: pathlib.Path,
         deadline: float,
     ) -> None:
-        self.inbox: Inbox = queue.Queue()
+        self.inbox: Inbox = queue.SimpleQueue()
         self._rules, self._schedule, self._train_state = rules, schedule, train_state
         self._stages, self._deadline = stages, deadline
         self._prompts: dict[int, Prompt] = {}
@@ -74,6 +74,7 @@ class AsyncLoop:
         self._sent: dict[int, int] = {}  # fingerprint of each published version, until acknowledged
         self._log_path = folder / "events.jsonl"
         self._usage = GeneratorUsage()
+        self._trainer: threading.Thread | None = None  # of the running step
         self._step_began = time.monotonic()
 
     @property
@@ -97,7 +98,6 @@ class AsyncLoop:
         with (
             self._log_path.open("a", encoding="utf-8") as log,
             stages.make_verifiers(self._on_reward) as self._verifiers,
-            concurrent.futures.ThreadPoolExecutor(1, thread_name_prefix="trainer") as self._trainer,
         ):
             self._generator.start()
             self._publish(self._schedule.num_done)  # weights come before the first rollout
@@ -113,8 +113,10 @@ class AsyncLoop:
                     deadline=self._deadline,
                 )
             finally:
-                self._generator.stop(self._deadline)
                 self._verifiers.cancel_all()
+                hung = self._stop_threads()
+            if hung:
+                raise RoleFailedError(f"The {' and the '.join(hung)} did not stop within {self._deadline:g} s.")
         stages.checkpoints.wait()
         return self._schedule
 
@@ -137,8 +139,9 @@ class AsyncLoop:
                 groups = [self._take(group_id) for group_id in group_ids]
                 depths = {"in_flight": self._num_in_flight(state), "ready_groups": len(state.ready)}
                 depths |= {f"total_{how}": count for how, count in state.counts.items()}
-                future = self._trainer.submit(self._train, step, groups, depths)
-                future.add_done_callback(self._on_trained)
+                work = (step, groups, depths)
+                self._trainer = threading.Thread(target=self._train, args=work, name="trainer", daemon=True)
+                self._trainer.start()
             case machine.Publish(version):
                 self._publish(version)
             case machine.Checkpoint(step):
@@ -159,16 +162,18 @@ class AsyncLoop:
 
     def _verify(self, request_id: int) -> None:
         rollout = self._rollouts[request_id]
-        self._verifiers.submit(
-            VerifyItem(
-                request_id=request_id,
-                problem=self._prompts[request_id // self._rules.group_size].problem,
-                completion=self._stages.decode(rollout.completion_ids),
-                num_tokens=len(rollout.completion_ids),
-                max_length=self._stages.sampling.max_new_tokens,
-                truncated=rollout.truncated,
-            )
+        item = VerifyItem(
+            request_id=request_id,
+            problem=self._prompts[request_id // self._rules.group_size].problem,
+            completion=self._stages.decode(rollout.completion_ids),
+            num_tokens=len(rollout.completion_ids),
+            max_length=self._stages.sampling.max_new_tokens,
+            truncated=rollout.truncated,
         )
+        try:
+            self._verifiers.submit(item)
+        except MagistralError as error:
+            self.inbox.put(RoleFailed("verifier pool", error))
 
     def _publish(self, version: int) -> None:
         params = self._stages.publish(self._train_state.params)
@@ -182,9 +187,31 @@ class AsyncLoop:
         graded = [Graded(self._rollouts.pop(i), self._rewards.pop(i)) for i in members]
         return self._prompts.pop(group_id), graded
 
+    def _stop_threads(self) -> list[str]:
+        """End generator and trainer; names of those that hang, which are left behind (their threads are daemons)."""
+        end = time.monotonic() + self._deadline
+        hung = []
+        try:
+            self._generator.stop(self._deadline)
+        except TimeoutError:
+            hung.append("generator")
+        if self._trainer is not None:
+            self._trainer.join(max(end - time.monotonic(), 0.0))
+            if self._trainer.is_alive():
+                hung.append("trainer")
+        return hung
+
     # ---- the trainer thread ----
 
     def _train(self, step: int, taken: list[tuple[Prompt, list[Graded]]], depths: dict[str, int]) -> None:
+        try:
+            self._train_step(step, taken, depths)
+        except Exception as error:
+            self.inbox.put(RoleFailed("trainer", error))
+        else:
+            self.inbox.put(machine.Trained())
+
+    def _train_step(self, step: int, taken: list[tuple[Prompt, list[Graded]]], depths: dict[str, int]) -> None:
         began = time.monotonic()
         groups = [graded for _, graded in taken]
         self._train_state, metrics, advantages = self._stages.update(self._train_state, groups, step)
@@ -226,13 +253,6 @@ class AsyncLoop:
         self._rewards[request_id] = reward
         failed = reward.verdict.is_infrastructure_failure
         self.inbox.put(machine.Verified(request_id, None if failed else reward.total))
-
-    def _on_trained(self, future: "concurrent.futures.Future[None]") -> None:
-        error = future.exception()
-        if isinstance(error, Exception):
-            self.inbox.put(RoleFailed("trainer", error))
-        else:
-            self.inbox.put(machine.Trained())
 
     def _check_receipt(self, receipt: WeightVersion) -> None:
         """The generator says what it holds; anything but what was sent is a bug that must not go unnoticed."""

@@ -19,8 +19,6 @@ from magistral_jax.verify.math_tokens import END, Cursor, ParseError, Token
 from magistral_jax.verify.math_tree import Call, Group, Num, Relation, Series, Sym, Tree, integer
 
 _CLOSING = {"(": ")", "[": "]", "{": "}", r"\{": r"\}"}
-
-
 _MINUS_ONE = Call("neg", (integer(1),))
 
 

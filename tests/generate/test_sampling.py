@@ -164,7 +164,7 @@ def test_nan_logits_name_a_token_of_the_vocabulary():
 def test_slots_do_not_notice_how_their_neighbours_sample():
     # A slot without truncation beside one with it: everything stays possible, to the least probable token.
     rng = np.random.default_rng(4)
-    logits = rng.normal(size=(32, 3000)).astype(np.float32) * 4
+    logits = rng.normal(size=(32, 300)).astype(np.float32) * 4
     uniform = rng.random(32, np.float32)
     alone, alone_logprob = draw(logits, uniform)
     mixed, mixed_logprob = draw(
@@ -178,14 +178,14 @@ def test_slots_do_not_notice_how_their_neighbours_sample():
     np.testing.assert_array_equal(alone_logprob[::2], mixed_logprob[::2])
 
 
-@settings(max_examples=5, deadline=None)
-@given(seed=st.integers(0, 10**6))
-def test_top_p_one_cuts_nothing_off_beside_a_truncating_neighbour(seed: int):
-    # Float32 sums of 3000 probabilities pass 1 before the last of them; the last token must still be drawn.
-    logits = np.sort(np.random.default_rng(seed).normal(size=3000).astype(np.float32) * 2)[::-1]
-    token, _ = draw(np.tile(logits, (2, 1)), LARGEST_UNIFORM, top_p=[1.0, 0.5])
-    alone, _ = draw(logits[None], LARGEST_UNIFORM)
-    assert token[0] == alone[0]
+def test_top_p_one_cuts_nothing_off_beside_a_truncating_neighbour():
+    # Float32 sums of a row often pass 1 before its last, least probable tokens. Those must stay: at the very end of
+    # the cumulative sum it is the last of all that is drawn.
+    logits = np.sort(np.random.default_rng(5).normal(size=(NUM, 300)) * 4, axis=-1)[:, ::-1]
+    truncates = np.arange(NUM) % 2 == 1
+    token, _ = draw(logits, 1.0, top_p=np.where(truncates, 0.5, 1.0))
+    assert (token[~truncates] == 299).all()
+    assert (token[truncates] < 299).all()
 
 
 def test_uniforms_depend_on_seed_request_and_position_only():

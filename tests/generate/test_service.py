@@ -2,11 +2,12 @@
 
 import queue
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import pytest
 
+from magistral_jax.generate.batching import ContinuousBatcher
 from magistral_jax.generate.service import GeneratorThread, GeneratorUsage
 from magistral_jax.policy.fingerprint import fingerprint
 from magistral_jax.records import MagistralError, Rollout, WeightVersion
@@ -17,8 +18,8 @@ DEADLINE = 60.0  # seconds; a machine with other work may compile slowly
 class Recorder:
     """A generator thread with everything that it reports, in order."""
 
-    def __init__(self, batcher: ContinuousBatcher, on_rollout=None):
-        self.reports = queue.SimpleQueue()
+    def __init__(self, batcher: ContinuousBatcher, on_rollout: Callable[[Rollout], None] | None = None):
+        self.reports: queue.SimpleQueue[Any] = queue.SimpleQueue()
         self.thread = GeneratorThread(
             batcher,
             on_rollout=on_rollout or self.reports.put,
@@ -26,7 +27,7 @@ class Recorder:
             on_failure=self.reports.put,
         )
 
-    def collect(self, num_rollouts):
+    def collect(self, num_rollouts: int) -> list[Any]:
         """Reports up to and with this many rollouts."""
         reports = []
         while sum(isinstance(report, Rollout) for report in reports) < num_rollouts:
@@ -34,7 +35,7 @@ class Recorder:
             assert not isinstance(reports[-1], Exception), reports[-1]
         return reports
 
-    def wait_for(self, is_reached):
+    def wait_for(self, is_reached: Callable[[], bool]):
         """Poll what no report tells."""
         end = time.monotonic() + DEADLINE
         while not is_reached():
@@ -47,7 +48,7 @@ def record():
     """Starts recorders, and stops them however the test ends."""
     threads = []
 
-    def start(batcher: ContinuousBatcher, **options):
+    def start(batcher: ContinuousBatcher, **options: Any):
         recorder = Recorder(batcher, **options)
         threads.append(recorder.thread)
         recorder.thread.start()

@@ -80,11 +80,11 @@ def test_a_balanced_box_gives_back_its_content(text: str):
 
 
 def test_scans_are_linear_in_hostile_text():
-    start = time.monotonic()
+    start = time.process_time()
     for text in ("\\boxed{" * 50_000, "{" * 300_000 + "\\boxed{1}", "\\boxed " * 50_000, "\\boxed a" + "b" * 300_000):
         last_boxed(text)
     first_code_block("```\n" * 100_000)
-    assert time.monotonic() - start < 20
+    assert time.process_time() - start < 20
 
 
 @pytest.mark.parametrize(

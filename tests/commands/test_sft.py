@@ -1,0 +1,119 @@
+"""The cold start from the command line: it learns, from made and from given traces, and goes on after a stop."""
+
+import json
+import os
+import pathlib
+import shutil
+import signal
+import threading
+import time
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import numpy as np
+import pytest
+
+from magistral_jax.metrics import read_json_lines
+from magistral_jax.policy.hf_folder import load_params
+
+UPDATES = 30
+SETTINGS = {
+    "policy.random_init": True,
+    "sft.num_updates": UPDATES,
+    "sft.batch_size": 8,
+    "sft.checkpoint_every": 10,
+    "optimizer.learning_rate": 1e-2,
+    "generation.max_new_tokens": 40,
+}
+
+
+def losses(folder: pathlib.Path) -> dict[int, float]:
+    return {line["step"]: line["loss"] for line in read_json_lines(folder / "metrics.jsonl")}
+
+
+@pytest.fixture(scope="module")
+def finished(tiny: Any, tmp_path_factory: pytest.TempPathFactory) -> pathlib.Path:
+    folder = tmp_path_factory.mktemp("sft") / "run"
+    tiny.run("sft", SETTINGS | {"run.folder": folder})
+    return folder
+
+
+def test_the_loss_falls(finished: pathlib.Path, tiny: Any):
+    found = losses(finished)
+    assert list(found) == [10, 20, 30]
+    assert found[10] > found[20] > found[30]
+    assert found[30] < np.log(264) / 2  # chance is log of the vocabulary
+    start, end = load_params(tiny.model(), tiny.config), load_params(finished / "policy", tiny.config)
+    assert not np.array_equal(start["head"]["kernel"], end["head"]["kernel"])
+
+
+def test_a_killed_run_ends_as_if_it_had_not_been(finished: pathlib.Path, tiny: Any, tmp_path: pathlib.Path):
+    folder = tmp_path / "run"
+    shutil.copytree(finished, folder)
+    shutil.rmtree(folder / "checkpoints" / "30")  # as if killed after update 20, with lines of later ones written
+    tiny.run("sft", SETTINGS | {"run.folder": folder}, "--resume")
+    assert losses(folder) == losses(finished)
+    ours, theirs = (load_params(f / "policy", tiny.config) for f in (folder, finished))
+    jax.tree.map(np.testing.assert_array_equal, ours, theirs)
+
+
+def test_ctrl_c_saves(tiny: Any, tmp_path: pathlib.Path, capsys: pytest.CaptureFixture[str]):
+    folder = tmp_path / "run"
+
+    def interrupt() -> None:
+        end = time.monotonic() + 300
+        while not losses(folder) and time.monotonic() < end:
+            time.sleep(0.01)
+        os.kill(os.getpid(), signal.SIGINT)
+
+    thread = threading.Thread(target=interrupt)
+    thread.start()
+    tiny.run("sft", SETTINGS | {"run.folder": folder, "sft.num_updates": 100_000, "sft.checkpoint_every": 0})
+    thread.join()
+    (last,) = [int(path.name) for path in (folder / "checkpoints").iterdir()]
+    assert f"stopped after update {last}; go on with --resume" in capsys.readouterr().err
+    assert max(losses(folder)) == last
+    assert not (folder / "policy").exists()
+
+
+@pytest.fixture
+def traces(tmp_path: pathlib.Path) -> pathlib.Path:
+    path = tmp_path / "traces.jsonl"
+    rows = [
+        {"problem": "What is seven?", "completion": "<think>7</think>\\boxed{7}"},
+        {"question": "What is two?", "completion": "<think>2</think>\\boxed{2}", "answer": 2},
+    ]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+def test_given_traces_are_learnt(
+    traces: pathlib.Path,
+    tiny: Any,
+    tmp_path: pathlib.Path,
+    refusal: Callable[..., str],
+    capsys: pytest.CaptureFixture[str],
+):
+    folder = tmp_path / "run"
+    settings = SETTINGS | {"run.folder": folder, "sft.traces": traces, "sft.num_updates": 60, "data.train": ""}
+    tiny.run("sft", settings)
+    assert losses(folder)[60] < 0.1
+    capsys.readouterr()
+
+    problems = tmp_path / "problems.jsonl"
+    problems.write_text('{"problem": "What is two?", "answer": "2"}\n')
+    greedy = {"evaluation.temperature": 0.0, "evaluation.num_samples": 1, "policy.path": folder / "policy"}
+    tiny.run("generate", greedy | {"data.evaluation": problems})
+    line = json.loads(capsys.readouterr().out)
+    assert line["completion"] == "<think>2</think>\\boxed{2}"
+    assert not line["truncated"]  # the stop token was trained
+
+    traces.write_text(traces.read_text().replace("seven", "eight"))
+    assert "started with other data" in refusal("sft", settings, "--resume")
+
+
+def test_no_traces_and_no_problems_is_said(tmp_path: pathlib.Path, refusal: Callable[..., str]):
+    sentence = refusal("sft", SETTINGS | {"run.folder": tmp_path / "run", "data.train": ""})
+    assert "Neither `sft.traces` nor `data.train` is given" in sentence
+    assert not (tmp_path / "run").exists()

@@ -1,0 +1,207 @@
+"""Checkpoints: everything comes back, on whatever devices; what is half there is not; a full disk harms nothing."""
+
+import contextlib
+import functools
+import pathlib
+import resource
+from collections.abc import Iterator
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
+
+from magistral_jax.checkpoint import Checkpoints
+from magistral_jax.pytrees import TrainState
+from magistral_jax.records import MagistralError
+from magistral_jax.train.config import OptimizerConfig
+from magistral_jax.train.optimizer import apply_gradients, make_optimizer
+
+OPTIMIZER = make_optimizer(OptimizerConfig(learning_rate=0.1, warmup_updates=3), 10)
+SCHEDULE = {"next_group": 12, "again": [3, 5], "num_done": 4, "counts": {"trained": 8, "dispatched": 40}}
+
+
+def make_params(seed, rows=64, columns=128):
+    rng = np.random.default_rng(seed)
+    normal = lambda *shape: jnp.asarray(rng.normal(size=shape), jnp.float32)
+    return {"embed": {"embedding": normal(rows, columns)}, "layers": {"norm": {"scale": normal(3, 5)}}}
+
+
+@jax.jit
+def advance(state: TrainState) -> TrainState:
+    gradients = jax.tree.map(lambda x: jnp.sin(x) + 0.1, state.params)
+    params, opt_state, _ = apply_gradients(OPTIMIZER, state.params, state.opt_state, gradients)
+    return TrainState(params, opt_state, state.num_updates + 1)
+
+
+def make_state(seed=0, num_updates=2, **shape):
+    params = make_params(seed, **shape)
+    state = TrainState(params, OPTIMIZER.init(params), jnp.zeros((), jnp.int32))
+    return functools.reduce(lambda s, _: advance(s), range(num_updates), state)
+
+
+def blank(like):
+    return jax.tree.map(jnp.zeros_like, like)
+
+
+def assert_same(a, b):
+    assert jax.tree.structure(a) == jax.tree.structure(b)
+    jax.tree.map(np.testing.assert_array_equal, a, b)
+    assert jax.tree.map(lambda x: x.dtype, a) == jax.tree.map(lambda x: x.dtype, b)
+
+
+def save(folder, *steps, keep=2):
+    with Checkpoints(folder, keep=keep) as checkpoints:
+        for step in steps:
+            checkpoints.save(step, make_state(seed=step), SCHEDULE | {"num_done": step})
+
+
+# --- round trip ------------------------------------------------------------------------------------------------------
+
+
+def test_everything_comes_back(tmp_path: pathlib.Path):
+    state = make_state()
+    with Checkpoints(tmp_path / "checkpoints") as checkpoints:
+        assert checkpoints.latest_step is None
+        checkpoints.save(4, state, SCHEDULE)
+        checkpoints.wait()
+        assert checkpoints.latest_step == 4
+    with Checkpoints(tmp_path / "checkpoints") as checkpoints:
+        step, restored, schedule = checkpoints.restore(blank(state))
+    assert (step, schedule) == (4, SCHEDULE)
+    assert isinstance(restored, TrainState)
+    assert_same(restored, state)
+    # Moments and counts of the optimizer too: the next update is the same to the bit, warm-up included.
+    assert_same(advance(restored), advance(state))
+
+
+def test_arrays_may_be_donated_while_they_are_saved(tmp_path: pathlib.Path):
+    state, kept = make_state(), make_state()
+    with Checkpoints(tmp_path) as checkpoints:
+        checkpoints.save(1, state, SCHEDULE)
+        jax.tree.map(lambda leaf: leaf.delete(), state)
+        checkpoints.wait()
+        _, restored, _ = checkpoints.restore(blank(kept))
+    assert_same(restored, kept)
+
+
+def test_restoring_onto_other_devices(tmp_path: pathlib.Path):
+    mesh = jax.make_mesh((4, 2), ("data", "model"), axis_types=(AxisType.Auto,) * 2)
+    spread = NamedSharding(mesh, PartitionSpec("data", "model"))
+    place = lambda leaf, matrix: jax.device_put(leaf, spread if leaf.ndim == 2 and matrix else jax.devices()[3])
+    state = make_state()
+    on_mesh = jax.tree.map(lambda leaf: place(leaf, leaf.shape[0] == 64), state)
+    with Checkpoints(tmp_path) as checkpoints:
+        checkpoints.save(1, state, SCHEDULE)
+        _, restored, _ = checkpoints.restore(blank(on_mesh))
+        assert restored.params["embed"]["embedding"].sharding == spread
+        assert restored.params["layers"]["norm"]["scale"].devices() == {jax.devices()[3]}
+        assert_same(restored, state)
+        checkpoints.save(2, restored, SCHEDULE)  # and back to one device
+        step, back, _ = checkpoints.restore(blank(state))
+    assert step == 2
+    assert back.params["embed"]["embedding"].devices() == {jax.devices()[0]}
+    assert_same(back, state)
+
+
+# --- which ones are there --------------------------------------------------------------------------------------------
+
+
+def test_the_last_ones_are_kept(tmp_path: pathlib.Path):
+    save(tmp_path, 1, 2, 3, 10)
+    assert sorted(int(path.name) for path in tmp_path.iterdir()) == [3, 10]
+    with Checkpoints(tmp_path) as checkpoints:
+        step, restored, schedule = checkpoints.restore(blank(make_state()))
+    assert (step, schedule["num_done"]) == (10, 10)
+    assert_same(restored, make_state(seed=10))
+
+
+def test_saving_a_step_twice_is_once(tmp_path: pathlib.Path):
+    save(tmp_path, 5)
+    before = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")}
+    save(tmp_path, 5)
+    assert {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")} == before
+
+
+def test_an_incomplete_checkpoint_is_not_there(tmp_path: pathlib.Path):
+    save(tmp_path, 3)
+    partial = tmp_path / "9.orbax-checkpoint-tmp"  # what a kill in the middle of a save leaves
+    (tmp_path / "3").rename(tmp_path / "kept")
+    (partial / "state").mkdir(parents=True)
+    (partial / "state" / "half").write_bytes(b"\0" * 100)
+    (tmp_path / "kept").rename(tmp_path / "3")
+    with Checkpoints(tmp_path) as checkpoints:
+        assert checkpoints.latest_step == 3
+        step, restored, _ = checkpoints.restore(blank(make_state()))
+        assert step == 3
+        assert_same(restored, make_state(seed=3))
+        checkpoints.save(9, restored, SCHEDULE)
+        checkpoints.wait()
+        assert checkpoints.latest_step == 9
+
+
+def test_none_at_all_is_said(tmp_path: pathlib.Path):
+    with (
+        Checkpoints(tmp_path) as checkpoints,
+        pytest.raises(MagistralError, match="holds no complete checkpoint; nothing to resume from"),
+    ):
+        checkpoints.restore(make_state())
+
+
+@pytest.mark.parametrize("other", ["shape", "optimizer", "layers"])
+def test_a_checkpoint_of_another_model_is_refused_in_one_sentence(tmp_path: pathlib.Path, other: str):
+    save(tmp_path, 1)
+    like = make_state(num_updates=0, columns=96 if other == "shape" else 128)
+    if other == "optimizer":
+        like = TrainState(like.params, {"momentum": like.params}, like.num_updates)
+    if other == "layers":
+        like = TrainState(like.params | {"head": jnp.zeros(3)}, like.opt_state, like.num_updates)
+    with Checkpoints(tmp_path) as checkpoints, pytest.raises(MagistralError) as error:
+        checkpoints.restore(like)
+    sentence = str(error.value)
+    assert f"The checkpoint of step 1 in {tmp_path} does not fit this model and optimizer" in sentence
+    assert "\n" not in sentence
+    assert len(sentence) < 1000
+
+
+# --- a full disk -----------------------------------------------------------------------------------------------------
+
+
+@contextlib.contextmanager
+def full_disk() -> Iterator[None]:
+    """Files may not grow past 4 KiB. Python ignores SIGXFSZ, so that a longer write fails as on a full disk."""
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (4096, limits[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+
+
+def save_on_a_full_disk(folder, step, *, is_waited_for):
+    state = make_state(seed=step)
+    with full_disk(), Checkpoints(folder) as checkpoints:
+        checkpoints.save(step, state, SCHEDULE)
+        if is_waited_for:
+            checkpoints.wait()
+
+
+@pytest.mark.parametrize("is_waited_for", [True, False])
+def test_a_full_disk_is_one_sentence_and_harms_nothing(tmp_path: pathlib.Path, is_waited_for: bool):
+    save(tmp_path, 3)
+    with pytest.raises(MagistralError) as error:
+        save_on_a_full_disk(tmp_path, 4, is_waited_for=is_waited_for)
+    sentence = str(error.value)
+    assert sentence.startswith("Could not write ")
+    assert str(tmp_path) in sentence
+    assert "The latest complete one is 3; free some space and resume from it." in sentence
+    assert "\n" not in sentence
+
+    with Checkpoints(tmp_path) as checkpoints:
+        step, restored, _ = checkpoints.restore(blank(make_state()))
+        assert step == 3
+        assert_same(restored, make_state(seed=3))
+        checkpoints.save(4, restored, SCHEDULE)
+    with Checkpoints(tmp_path) as checkpoints:
+        assert checkpoints.latest_step == 4
