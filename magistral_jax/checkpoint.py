@@ -1,5 +1,6 @@
 """Orbax checkpoints of a run: parameters, optimizer and the schedule's state, in one atomic step."""
 
+import logging
 import pathlib
 from typing import Any
 
@@ -14,6 +15,8 @@ class Checkpoints:
     """The checkpoints of one run folder; a context manager, as saving goes on in the background."""
 
     def __init__(self, folder: pathlib.Path, *, keep: int = 2) -> None:
+        # Orbax logs every exception with its traceback before it raises it; here it becomes one sentence.
+        logging.getLogger("absl").setLevel(logging.CRITICAL)
         options = ocp.CheckpointManagerOptions(max_to_keep=keep, cleanup_tmp_directories=True)
         self._folder = folder.absolute()
         self._manager = ocp.CheckpointManager(self._folder, options=options)
@@ -21,8 +24,12 @@ class Checkpoints:
     def __enter__(self) -> "Checkpoints":
         return self
 
-    def __exit__(self, *_: object) -> None:
-        self.close()
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, traceback: object) -> None:
+        try:
+            self.close()
+        except MagistralError:
+            if error is None:  # else that is what happened first
+                raise
 
     @property
     def latest_step(self) -> int | None:
@@ -73,22 +80,34 @@ class Checkpoints:
             restored = self._manager.restore(step, args=args)
         except (ValueError, KeyError) as error:
             raise MagistralError(
-                f"The checkpoint of step {step} in {self._folder} does not fit this model and optimizer: {error}"
+                f"The checkpoint of step {step} in {self._folder} does not fit this model and optimizer: "
+                f"{_shorten(error)}"
             ) from error
         tree = restored["state"]
         return step, TrainState(tree["params"], tree["opt_state"], tree["num_updates"]), restored["schedule"]
 
     def close(self) -> None:
-        """Wait for pending saves and release the manager."""
-        self._manager.close()
+        """Wait for pending saves and release the manager.
+
+        Raises:
+          MagistralError: One of them could not be written; earlier checkpoints are intact.
+        """
+        try:
+            self._manager.close()
+        except (OSError, ValueError, RuntimeError) as error:
+            raise self._refusal(None, error) from error
 
     def _refusal(self, step: int | None, error: Exception) -> MagistralError:
         which = "a checkpoint" if step is None else f"the checkpoint of step {step}"
-        first_line = str(error).splitlines()[0] if str(error) else type(error).__name__
         return MagistralError(
-            f"Could not write {which} to {self._folder}: {first_line}. The latest complete one is "
+            f"Could not write {which} to {self._folder}: {_shorten(error)}. The latest complete one is "
             f"{self.latest_step}; free some space and resume from it."
         )
+
+
+def _shorten(error: Exception, size: int = 500) -> str:
+    text = " ".join(str(error).split()) or type(error).__name__
+    return text if len(text) <= size else text[: size - 1] + "…"
 
 
 def _as_tree(state: TrainState) -> dict[str, Any]:

@@ -67,7 +67,7 @@ def test_every_command_lists_every_setting(capsys: pytest.CaptureFixture[str]):
         assert not exit_.value.code
         text = capsys.readouterr().out
         assert f"magistral-jax {command}" in text
-        assert "--batch.group-size" in text
+        assert "--batch.group_size" in text
         assert "--policy.path" in text
 
 
@@ -149,9 +149,9 @@ def test_an_unknown_command(capsys: pytest.CaptureFixture[str]):
     with pytest.raises(SystemExit) as exit_:
         main(["trian", "configs/quickstart.toml"])
     assert exit_.value.code == 2
-    assert capsys.readouterr().err == (
-        "error: unknown command `trian`; expected one of train, sft, evaluate, generate, export\n"
-    )
+    (sentence,) = capsys.readouterr().err.splitlines()
+    assert sentence.startswith("error: unknown command `trian`; expected one of train, ")
+    assert all(command in sentence for command in COMMANDS)
 
 
 def test_the_process_ends_with_code_2_and_no_traceback(tmp_path: pathlib.Path):

@@ -13,6 +13,8 @@ from magistral_jax.pytrees import pytree_dataclass
 
 _MASKED = -1e30  # finite, so that a row without any key gives numbers and not NaN
 _TOKENS_PER_STEP = 64  # keys read per step of the online softmax, rounded to whole pages
+_QUERY_BLOCK = 128  # fewest queries that share a slice of keys in a row
+_MOST_BLOCKS = 4  # slices of a row: each is compiled on its own
 
 
 @pytree_dataclass
@@ -48,8 +50,27 @@ def segment_attention(
 ) -> Float[Array, "B T H E"]:
     """Softmax attention under a mask, grouped queries, scores in float32.
 
-    The query heads of a KV head are laid side by side, so that each KV head is one matrix product.
+    Queries go in blocks, each reading the keys up to its own end, so most of the empty half of a causal score matrix is
+    never computed. A key to the right of its query may thus be left out whatever the mask says: only padding has such.
     """
+    tokens = q.shape[1]
+    block = max(_QUERY_BLOCK, -(-tokens // _MOST_BLOCKS))
+    starts = range(0, tokens, block)
+    ends = [min(start + block, tokens) for start in starts]
+    mixed = [
+        _dense_attention(q[:, start:end], k[:, :end], v[:, :end], mask[:, start:end, :end])
+        for start, end in zip(starts, ends, strict=True)
+    ]
+    return jnp.concatenate(mixed, axis=1)
+
+
+def _dense_attention(
+    q: Float[Array, "B Q H E"],
+    k: Float[Array, "B T K E"],
+    v: Float[Array, "B T K E"],
+    mask: Bool[Array, "B Q T"],
+) -> Float[Array, "B Q H E"]:
+    # The query heads of a KV head are laid side by side, so that each KV head is one matrix product.
     rows, tokens, heads, size = q.shape
     kv_heads = k.shape[2]
     group = heads // kv_heads

@@ -98,6 +98,12 @@ def test_equals_loop(seed, lengths):
     np.testing.assert_allclose(attend(q, k, v, mask), loop_attention(q, k, v, np.asarray(mask)), rtol=1e-4, atol=1e-5)
 
 
+def test_long_rows_go_in_blocks_and_equal_the_loop():
+    q, k, v = example(7, rows=1, tokens=290)  # three blocks, the last one short
+    mask = segment_mask(*packed([100, 150, 40], tokens=290), None)
+    np.testing.assert_allclose(attend(q, k, v, mask), loop_attention(q, k, v, np.asarray(mask)), rtol=1e-4, atol=1e-5)
+
+
 def test_grouped_heads_equal_repeated_key_value_heads():
     q, k, v = example(1)
     repeat = lambda x: jnp.repeat(x, HEADS // KV_HEADS, axis=2)

@@ -89,6 +89,14 @@ class FakePool(VerifierPool):
             timer.join(PATIENCE)
 
 
+class SlowBatcher(ContinuousBatcher):
+    """An engine that is the bottleneck: when a batch is full, other completions are always under way."""
+
+    def step(self) -> list[Any]:
+        time.sleep(0.005)
+        return super().step()
+
+
 class FakeCheckpoints(Checkpoints):
     """Keeps what would be saved."""
 
@@ -120,13 +128,12 @@ class Run:
         update=None,
         publish=PUBLISH,
         train_state=None,
-        train_seconds=0.0,
         deadline=PATIENCE,
         batcher=None,
         prompt_at=None,
         resumed_step=None,
     ):
-        self.folder, self.rules, self.train_seconds = folder, rules, train_seconds
+        self.folder, self.rules = folder, rules
         folder.mkdir(exist_ok=True)
         self.batches: list[tuple[int, list[Any]]] = []  # (version, groups) of each update
         self.checkpoints = FakeCheckpoints()
@@ -165,7 +172,6 @@ class Run:
     def update(self, state, groups, version):
         """Any change of the weights will do."""
         self.batches.append((version, [list(group) for group in groups]))
-        time.sleep(self.train_seconds)
         params = jax.tree.map(lambda leaf: leaf * 1.01, state.params)
         rewards = np.array([[graded.reward.total for graded in group] for group in groups])
         return TrainState(params, state.opt_state, state.num_updates + 1), {"loss": 0.0}, rewards
@@ -195,9 +201,10 @@ def threads_left():
 
 @pytest.fixture(scope="module")
 def usual(tmp_path_factory: pytest.TempPathFactory) -> tuple[Run, State]:
-    """A run with a slow trainer, so that completions see weight swaps; one verification in 16 fails."""
+    """A run in which completions see weight swaps; one verification in 16 fails."""
     judge = lambda request_id: Verdict.SANDBOX_ERROR if request_id % 16 == 5 else Verdict.CORRECT
-    run = Run(tmp_path_factory.mktemp("usual"), judge=judge, train_seconds=0.05)
+    batcher = SlowBatcher(MODEL, ENGINE, (0, 1), seed=3)
+    run = Run(tmp_path_factory.mktemp("usual"), judge=judge, longest_delay=0.01, batcher=batcher)
     return run, run.run()
 
 
@@ -283,9 +290,9 @@ def test_what_is_written_is_what_was_trained(usual: tuple[Run, State]):
         members = [graded for group in groups for graded in group]
         assert line["staleness_max"] == max(version - graded.rollout.weight_version.min() for graded in members)
         assert 0 <= line["generator_idle_unbounded_share"] <= line["generator_idle_share"] <= 1
-        assert line["step_seconds"] >= line["train_seconds"] >= 0.05
+        assert line["step_seconds"] >= line["train_seconds"] >= 0
         assert 0 <= line["in_flight"] <= RULES.num_async
-        assert line["total_trained"] == 4 * version
+        assert line.get("total_trained", 0) == 4 * version
     assert state.counts["trained"] == 16
     log = run.lines("events.jsonl")
     assert collections.Counter(event["event"] for event in log)["Trained"] == 4
@@ -348,7 +355,7 @@ def test_a_generator_with_other_weights_ends_the_run(tmp_path: pathlib.Path):
             super().set_weights(params, version)
 
     run = Run(tmp_path, batcher=Corrupted(MODEL, ENGINE, (0, 1), seed=3))
-    with pytest.raises(MagistralError, match=r"as version 1, the trainer sent \d+: rollouts would come from wrong"):
+    with pytest.raises(MagistralError, match=r"as version \d, the trainer sent \d+: rollouts would come from wrong"):
         run.run()
     assert len(run.batches) <= 3
     assert run.pool is not None
@@ -374,13 +381,13 @@ def test_the_first_weights_are_checked_too(tmp_path: pathlib.Path):
 
 
 def test_a_generator_that_fails_ends_the_run_in_order(tmp_path: pathlib.Path):
-    class Failing(ContinuousBatcher):
+    class Failing(SlowBatcher):
         """Breaks some time after the first swap."""
 
         num_steps = 0
 
         def step(self) -> list[Any]:
-            self.num_steps += self.version == 1
+            self.num_steps += self.version > 0
             if self.num_steps == 3:
                 raise RuntimeError("out of pages")
             return super().step()
