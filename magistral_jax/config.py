@@ -292,9 +292,10 @@ def check(config: Config) -> list[str]:
         ),
         f"`generation.max_prompt_tokens` + `generation.max_new_tokens` ({longest}) must fit into `batch.row_tokens` "
         f"({batch.row_tokens})": longest <= batch.row_tokens,
-        f"`generation.num_pages` ({generation.num_pages}) must hold one sequence: at least "
-        f"{math.ceil(longest / generation.page_size)} pages of `generation.page_size` ({generation.page_size}), or 0": (
-            generation.num_pages == 0 or generation.num_pages * generation.page_size >= longest
+        f"`generation.num_pages` ({generation.num_pages}) must hold one sequence and a copy of its prompt's last page: at "
+        f"least {math.ceil(longest / generation.page_size) + 1} pages of `generation.page_size` "
+        f"({generation.page_size}), or 0": (
+            generation.num_pages == 0 or generation.num_pages > math.ceil(longest / generation.page_size)
         ),
         f"`batch.rows_per_microbatch` ({batch.rows_per_microbatch}) must be a multiple of `mesh.data` × `mesh.fsdp` "
         f"({config.mesh.data * config.mesh.fsdp}), which share the rows of a microbatch": (

@@ -35,6 +35,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     except MagistralError as error:
         sys.stderr.write(f"error: {error}\n")
         sys.exit(2)
+    except BrokenPipeError:  # the reader of our output (`| head`) has seen enough
+        sys.stdout = None
+        sys.exit(0)
     except KeyboardInterrupt:
         sys.stderr.write("interrupted\n")
         sys.exit(130)

@@ -146,7 +146,7 @@ def test_every_number_has_an_interval_and_every_interval_a_number():
             {"row_tokens": 511},
             ["max_prompt_tokens", "max_new_tokens", "batch.row_tokens"],
         ),
-        ("generation", {"num_pages": 31}, ["generation.num_pages", "generation.page_size", "32"]),
+        ("generation", {"num_pages": 32}, ["generation.num_pages", "generation.page_size", "33"]),
         ("reward", {"length_cache": 257}, ["reward.length_cache", "generation.max_new_tokens"]),
         ("reward", {"length_cache": 101, "max_length": 100}, ["reward.length_cache", "reward.max_length"]),
         ("schedule", {"num_async": 300}, ["schedule.num_async", "batch.group_size"]),

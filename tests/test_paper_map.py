@@ -7,7 +7,9 @@ import re
 import pytest
 
 ROOT = pathlib.Path(__file__).parents[1]
-ROWS = [line for line in (ROOT / "docs/paper_map.md").read_text(encoding="utf-8").splitlines() if "`magistral_jax." in line]
+ROWS = [
+    line for line in (ROOT / "docs/paper_map.md").read_text(encoding="utf-8").splitlines() if "`magistral_jax." in line
+]
 
 
 @pytest.mark.parametrize("row", ROWS)

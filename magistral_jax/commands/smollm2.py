@@ -9,6 +9,8 @@ from magistral_jax.records import MagistralError
 def smollm2(config: Config) -> None:
     """Convert the packaged GGUF file."""
     if not config.policy.path:
-        raise MagistralError("`policy.path` is empty; expected the folder to write, such as --policy.path=models/smollm2.")
+        raise MagistralError(
+            "`policy.path` is empty; expected the folder to write, such as --policy.path=models/smollm2."
+        )
     convert(config.policy.path)
     say(f"model folder: {config.policy.path}")

@@ -62,10 +62,10 @@ class ContinuousBatcher:
         self._table_width = -(-longest // config.page_size)
         spare = config.prefill_rows * self._table_width
         num_pages = config.num_pages or config.num_slots * self._table_width + spare
-        if num_pages < 2 * self._table_width:
+        if num_pages < self._table_width + 1:  # the prompt's last, partly filled page exists twice
             raise MagistralError(
-                f"generation.num_pages is {num_pages}, but one sequence of {longest} tokens and its prompt may need "
-                f"{2 * self._table_width} pages of {config.page_size} tokens."
+                f"`generation.num_pages` is {num_pages}, but one sequence of {longest} tokens may need "
+                f"{self._table_width + 1} pages of {config.page_size} tokens."
             )
         self._allocator = PageAllocator(num_pages)
         self._state = engine.init_state(
@@ -82,6 +82,7 @@ class ContinuousBatcher:
         self._params: dict[str, Any] | None = None
         self._incoming: tuple[dict[str, Any], int] | None = None
         self.version = -1
+        self.num_swaps = 0
         self.num_prefilled = 0
         self.num_sampled = 0
 
@@ -167,6 +168,7 @@ class ContinuousBatcher:
         if self._config.on_publish == "drain" and running:
             return
         self._params, self.version = self._incoming
+        self.num_swaps += 1
         self._incoming = None
         if self._config.on_publish == "recompute":
             self._vacate(running)

@@ -56,7 +56,7 @@ class GeneratorThread:
         self._commands: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
         self._thread = threading.Thread(target=self._run, name="generator", daemon=True)
         self._usage = GeneratorUsage()
-        self._acknowledged = batcher.version
+        self._num_acknowledged = batcher.num_swaps
         self.is_at_bound = False
 
     def start(self) -> None:
@@ -120,8 +120,8 @@ class GeneratorThread:
         if self._batcher.num_running == 0 and self._batcher.num_waiting == 0 and not self._batcher.has_new_weights:
             return
         rollouts = self._batcher.step()
-        if self._batcher.version != self._acknowledged:
-            self._acknowledged = self._batcher.version
+        if self._batcher.num_swaps != self._num_acknowledged:
+            self._num_acknowledged = self._batcher.num_swaps
             self._on_weights(WeightVersion(self._batcher.version, fingerprint(self._batcher.params)))
         for rollout in rollouts:
             self._on_rollout(rollout)

@@ -41,7 +41,10 @@ def param_shardings(model: ModelConfig, mesh: Mesh, shapes: Any) -> Any:
 
     def shard(spec: P, leaf: Any) -> NamedSharding:
         names = [RULES.get(axis) if isinstance(axis, str) else None for axis in spec]
-        fits = [name if name and size % mesh.shape[name] == 0 else None for name, size in zip(names, leaf.shape, strict=True)]
+        fits = [
+            name if name and size % mesh.shape[name] == 0 else None
+            for name, size in zip(names, leaf.shape, strict=True)
+        ]
         return NamedSharding(mesh, P(*fits))
 
     return jax.tree.map(shard, logical_axes(model), shapes, is_leaf=lambda leaf: isinstance(leaf, P))

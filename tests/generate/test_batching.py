@@ -17,7 +17,7 @@ Rollouts = dict[int, Rollout]
 # What pages and row shapes change is the order of float32 sums: 5e-6 was the largest difference seen.
 TOLERANCE = 5e-5
 # Another engine than the default one of conftest: fewer slots, longer blocks, and the smallest pool that is allowed.
-OTHER = {"num_slots": 3, "decode_block": 5, "num_pages": 12}
+OTHER = {"num_slots": 3, "decode_block": 5, "num_pages": 7}
 NO_STOP = (1000, 1001, 1002)  # no token has these ids: completions run to their limit
 
 
@@ -404,5 +404,5 @@ def test_refusals_name_the_request_and_the_setting(tiny: Any):
 
 
 def test_a_pool_too_small_for_one_sequence_is_refused(tiny: Any):
-    with pytest.raises(MagistralError, match=r"generation\.num_pages is 11, but one sequence of 24 tokens"):
-        tiny.batcher(num_pages=11)
+    with pytest.raises(MagistralError, match=r"generation\.num_pages` is 6, but one sequence of 24 tokens"):
+        tiny.batcher(num_pages=6)
