@@ -232,7 +232,8 @@ def _describe(kind: Any) -> str:
 
 _INTERVALS = {
     "[0, 4294967295]": "run.seed",
-    "[1, inf)": """mesh.data mesh.fsdp mesh.tensor policy.logprob_chunk generation.num_slots generation.page_size generation.max_prompt_tokens
+    "[1, inf)": """mesh.data mesh.fsdp mesh.tensor
+        policy.logprob_chunk generation.num_slots generation.page_size generation.max_prompt_tokens
         generation.max_new_tokens generation.decode_block generation.prefill_rows verifiers.num_workers
         verifiers.recycle_after verifiers.memory_mib batch.batch_size batch.rows_per_microbatch sft.batch_size
         schedule.num_async schedule.ready_batches schedule.max_staleness evaluation.num_samples""",
@@ -292,8 +293,8 @@ def check(config: Config) -> list[str]:
         ),
         f"`generation.max_prompt_tokens` + `generation.max_new_tokens` ({longest}) must fit into `batch.row_tokens` "
         f"({batch.row_tokens})": longest <= batch.row_tokens,
-        f"`generation.num_pages` ({generation.num_pages}) must hold one sequence and a copy of its prompt's last page: at "
-        f"least {math.ceil(longest / generation.page_size) + 1} pages of `generation.page_size` "
+        f"`generation.num_pages` ({generation.num_pages}) must hold one sequence and a copy of its prompt's last page: "
+        f"at least {math.ceil(longest / generation.page_size) + 1} pages of `generation.page_size` "
         f"({generation.page_size}), or 0": (
             generation.num_pages == 0 or generation.num_pages > math.ceil(longest / generation.page_size)
         ),

@@ -1,4 +1,4 @@
-"""`magistral-jax smollm2`: SmolLM2-135M-Instruct from the [smollm2] extra, as a Hugging Face folder at `policy.path`."""
+"""`magistral-jax smollm2`: SmolLM2-135M-Instruct, out of the [smollm2] extra, as a model folder at `policy.path`."""
 
 from magistral_jax.commands.setup import say
 from magistral_jax.config import Config

@@ -47,8 +47,8 @@ def leaves(tree: dict[str, Any], path: tuple[str, ...] = ()):
 def assert_same_tree(a: dict[str, Any], b: dict[str, Any]):
     ours, theirs = dict(leaves(a)), dict(leaves(b))
     assert ours.keys() == theirs.keys()
-    for path in ours:
-        np.testing.assert_array_equal(ours[path], theirs[path], err_msg=str(path))
+    for path, value in ours.items():
+        np.testing.assert_array_equal(value, theirs[path], err_msg=str(path))
 
 
 @pytest.fixture
