@@ -1,5 +1,6 @@
 """The command line: reads the words and calls a command. `--help` imports no jax."""
 
+import errno
 import importlib
 import sys
 from collections.abc import Callable, Sequence
@@ -38,6 +39,11 @@ def main(argv: Sequence[str] | None = None) -> None:
     except BrokenPipeError:  # the reader of our output (`| head`) has seen enough
         sys.stdout = None
         sys.exit(0)
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+            raise
+        sys.stderr.write(f"error: the disk is full ({error}); free some space and go on with --resume.\n")
+        sys.exit(2)
     except KeyboardInterrupt:
         sys.stderr.write("interrupted\n")
         sys.exit(130)

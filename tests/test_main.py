@@ -220,6 +220,30 @@ def test_a_prompt_longer_than_the_limit(mistake: Callable[..., str], problems: p
     assert "problem problems:2: its prompt has 39 tokens, the limit is 16 (generation.max_prompt_tokens)" in sentence
 
 
+def test_a_disk_that_is_full_of_lines(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch):
+    def write_too_much(config: Any) -> None:
+        with pathlib.Path("/dev/full").open("w") as file:
+            file.write("x")
+
+    monkeypatch.setattr("magistral_jax.main._command", lambda name: write_too_much)
+    with pytest.raises(SystemExit) as exit_:
+        main(["train"])
+    assert exit_.value.code == 2
+    (sentence,) = capsys.readouterr().err.splitlines()
+    assert sentence.startswith("error: the disk is full ([Errno 28]")
+
+
+def test_an_interrupt_is_no_traceback(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch):
+    def interrupt(config: Any) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("magistral_jax.main._command", lambda name: interrupt)
+    with pytest.raises(SystemExit) as exit_:
+        main(["train"])
+    assert exit_.value.code == 130
+    assert capsys.readouterr().err == "interrupted\n"
+
+
 def test_settings_that_disagree(mistake: Callable[..., str]):
     sentence = mistake("--batch.batch_size=12", "--batch.group_size=8")
     assert "`batch.batch_size` (12) must be a multiple of `batch.group_size` (8)" in sentence

@@ -5,6 +5,7 @@ from collections.abc import Callable
 from typing import Any
 
 import pytest
+import transformers
 
 from magistral_jax.data.chat import build_prompt, system_message
 from magistral_jax.data.tokenizer import ByteTokenizer, load_tokenizer
@@ -49,7 +50,6 @@ def test_system_messages_say_what_the_format_check_asks_for():
 @pytest.mark.parametrize("statement", ["the sum of 2 + 2", "  éa\n\n数 {{ messages }} {% raw %} \n"])
 def test_ids_equal_those_of_transformers(system_prompt: Any, statement: str, chat_folder: pathlib.Path):
     """With <think> as text in the system message: whichever way the model's own tokenizer reads it, so do we."""
-    transformers = pytest.importorskip("transformers")
     messages = [{"role": "user", "content": statement}]
     if system_prompt != "none":
         messages = [{"role": "system", "content": system_message(system_prompt, TAGS)}, *messages]

@@ -6,7 +6,7 @@ from collections.abc import Callable
 from typing import Any
 
 import numpy as np
-import pytest
+import transformers
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -59,7 +59,6 @@ def test_a_lone_surrogate_is_replaced():
 
 
 def test_the_hf_tokenizer_equals_that_of_transformers(chat_folder: pathlib.Path):
-    transformers = pytest.importorskip("transformers")
     ours, theirs = load_tokenizer(chat_folder), transformers.AutoTokenizer.from_pretrained(chat_folder)
     text = "the sum of <think> the terms, é 数 <|im_end|> and much more than eight tokens of it\n\n"
     ids = ours.encode(text, allow_special=True)

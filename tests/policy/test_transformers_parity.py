@@ -7,12 +7,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import torch
+import transformers
 
 from magistral_jax.policy.hf_folder import load_params, read_model_config, save_folder
 from magistral_jax.policy.transformer import forward, logits
-
-torch = pytest.importorskip("torch")
-transformers = pytest.importorskip("transformers")
 
 SHAPE = {
     "vocab_size": 61,
