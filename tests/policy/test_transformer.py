@@ -33,6 +33,7 @@ VARIANTS = {
 }
 LENGTH = 10
 run = jax.jit(forward, static_argnums=1, static_argnames=("dtype", "remat"))
+init = jax.jit(init_params, static_argnums=0)
 near = functools.partial(np.testing.assert_allclose, rtol=1e-4, atol=1e-5)
 
 
@@ -50,7 +51,7 @@ def config_of(variant):
 @functools.cache
 def params_of(variant="base"):
     """Random weights; norms and biases too, so that a missing one shows."""
-    params = jax.jit(init_params, static_argnums=0)(config_of(variant), jax.random.key(0))
+    params = init(config_of(variant), jax.random.key(0))
     rng = np.random.default_rng(1)
     is_vector = lambda path: path[-1].key in ("scale", "bias")
     spread = lambda path, leaf: leaf + jnp.asarray(rng.normal(size=leaf.shape), jnp.float32) * 0.5
@@ -217,8 +218,8 @@ def test_one_declaration_gives_an_axis_name_to_every_dimension(variant):
 
 
 def test_initial_parameters_depend_on_the_key_and_differ_between_layers():
-    first = init_params(BASE, jax.random.key(0))
-    again, other = init_params(BASE, jax.random.key(0)), init_params(BASE, jax.random.key(1))
+    first = init(BASE, jax.random.key(0))
+    again, other = init(BASE, jax.random.key(0)), init(BASE, jax.random.key(1))
     jax.tree.map(np.testing.assert_array_equal, first, again)
     kernel = lambda params: np.asarray(params["layers"]["mlp"]["gate"]["kernel"])
     assert not np.array_equal(kernel(first), kernel(other))
@@ -227,7 +228,7 @@ def test_initial_parameters_depend_on_the_key_and_differ_between_layers():
 
 
 def test_an_initial_policy_is_near_uniform():
-    params = init_params(BASE, jax.random.key(0))
+    params = init(BASE, jax.random.key(0))
     scores = jax.nn.log_softmax(logits(params, BASE, hidden_of(params=params)))
     entropy = -float(jnp.sum(jnp.exp(scores) * scores, axis=-1).mean())
     assert np.log(BASE.vocab_size) - 0.7 < entropy < np.log(BASE.vocab_size)
