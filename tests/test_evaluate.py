@@ -1,7 +1,7 @@
 """Evaluation: every sample to its problem, the same samples for the same weights, and the scores of known policies."""
 
 import random
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import jax
 import numpy as np
@@ -13,11 +13,13 @@ from magistral_jax.generate.batching import ContinuousBatcher, GenerationRequest
 from magistral_jax.generate.config import GenerationConfig
 from magistral_jax.policy.config import ModelConfig
 from magistral_jax.policy.transformer import init_params, unstack
-from magistral_jax.records import Problem, Prompt, Rollout, SamplingParams, Verdict
+from magistral_jax.records import Graded, Problem, Prompt, Rollout, SamplingParams, Verdict
+from magistral_jax.studies.pass_at_k import EvaluationSummary
 from magistral_jax.verify.config import PoolConfig, RewardConfig
 from magistral_jax.verify.pool import VerifierPool
 
 TAGS = ("<think>", "</think>")
+Choose = Callable[[int, int], int]
 SAMPLING = SamplingParams(0.7, 1.0, 0, 8)
 
 
@@ -31,7 +33,7 @@ def make_prompts(answers: list[str]) -> list[Prompt]:
 class FakeBatcher(ContinuousBatcher):
     """Answers the n-th sample of a problem with the one token `choose(problem, n)`, late and in any order."""
 
-    def __init__(self, num_samples, choose=lambda problem, sample: 10 * problem + sample):
+    def __init__(self, num_samples: int, choose: Choose = lambda problem, sample: 10 * problem + sample) -> None:
         self._num_samples, self._choose = num_samples, choose
         self._requests: list[GenerationRequest] = []
         self._random = random.Random(0)
@@ -45,7 +47,7 @@ class FakeBatcher(ContinuousBatcher):
         done, self._requests = self._requests[:count], self._requests[count:]
         return [self._answer(request) for request in done]
 
-    def _answer(self, request):
+    def _answer(self, request: GenerationRequest) -> Rollout:
         problem, sample = divmod(request.request_id - FIRST_REQUEST, self._num_samples)
         return Rollout(
             request_id=request.request_id,
@@ -101,12 +103,17 @@ def verifiers() -> Iterator[VerifierPool]:
         yield pool
 
 
-def score(verifiers, answers, choose, *, num_samples=4, decode=lambda ids: f"<think>.</think>\\boxed{{{ids[0]}}}"):
+def score(
+    verifiers: VerifierPool,
+    answers: list[str],
+    choose: Choose,
+    decode: Callable[[np.ndarray], str] = lambda ids: f"<think>.</think>\\boxed{{{ids[0]}}}",
+) -> tuple[EvaluationSummary, list[list[Graded]]]:
     return evaluate(
         make_prompts(answers),
-        FakeBatcher(num_samples, choose),
+        FakeBatcher(4, choose),
         verifiers,
-        config=EvaluationConfig(num_samples=num_samples),
+        config=EvaluationConfig(num_samples=4),
         max_new_tokens=8,
         decode=decode,
         tags=TAGS,

@@ -99,8 +99,8 @@ class AsyncLoop:
             self._log_path.open("a", encoding="utf-8") as log,
             stages.make_verifiers(self._on_reward) as self._verifiers,
         ):
+            self._publish(self._schedule.num_done)  # weights come before the first rollout, and before any others
             self._generator.start()
-            self._publish(self._schedule.num_done)  # weights come before the first rollout
             self.inbox.put(machine.Started())
             try:
                 self._schedule = drive(

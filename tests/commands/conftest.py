@@ -117,7 +117,7 @@ class Tiny:
 
     def flags(self, settings: Mapping[str, Any], *words: str) -> list[str]:
         """Command line of the small settings with some changed."""
-        merged = SMALL | {"policy.path": self.model(), "run.tensorboard": False} | settings
+        merged = SMALL | {"policy.path": self.model(), "run.tensorboard": False} | dict(settings)
         return [*(f"--{name}={value}" for name, value in merged.items()), *words]
 
     def run(self, command: str, settings: Mapping[str, Any], *words: str) -> None:

@@ -1,6 +1,8 @@
 """Attention: by hand, against loops, its masks, grouped heads, and pages against rows."""
 
 import functools
+from collections.abc import Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -25,14 +27,14 @@ read = jax.jit(paged_attention, static_argnames="window")
 write = jax.jit(write_pages)
 
 
-def example(seed=0, rows=ROWS, tokens=TOKENS):
+def example(seed: int = 0, rows: int = ROWS, tokens: int = TOKENS) -> Any:
     """Queries, keys and values."""
     rng = np.random.default_rng(seed)
     shapes = ((rows, tokens, n, SIZE) for n in (HEADS, KV_HEADS, KV_HEADS))
     return tuple(jnp.asarray(rng.normal(size=shape), jnp.float32) for shape in shapes)
 
 
-def packed(lengths, tokens=TOKENS):
+def packed(lengths: Sequence[int], tokens: int = TOKENS):
     """Positions and segment ids of one row."""
     positions, segments = np.zeros((1, tokens), np.int32), np.zeros((1, tokens), np.int32)
     start = 0
@@ -43,14 +45,14 @@ def packed(lengths, tokens=TOKENS):
     return jnp.asarray(positions), jnp.asarray(segments)
 
 
-def causal(rows=ROWS, tokens=TOKENS, window=None):
+def causal(rows: int = ROWS, tokens: int = TOKENS, window: int | None = None):
     positions = jnp.tile(jnp.arange(tokens)[None], (rows, 1))
     return segment_mask(positions, jnp.ones((rows, tokens), jnp.int32), window)
 
 
-def loop_attention(q, k, v, mask):
+def loop_attention(q: Any, k: Any, v: Any, mask: Any):
     """Plain loop in float64; query head h reads KV head h // (heads per KV head)."""
-    q, k, v = np.float64(q), np.float64(k), np.float64(v)
+    q, k, v = (np.asarray(x, np.float64) for x in (q, k, v))
     out = np.zeros(q.shape)
     for row, t, head in np.ndindex(q.shape[:3]):
         kv_head = head // (q.shape[2] // k.shape[2])
@@ -92,7 +94,7 @@ def test_golden():
 
 @settings(max_examples=30, deadline=None)
 @given(seed=st.integers(0, 10_000), lengths=st.sampled_from([(9,), (4, 5), (1, 3, 2), (2, 2, 2, 2)]))
-def test_equals_loop(seed, lengths):
+def test_equals_loop(seed: int, lengths: Sequence[int]):
     q, k, v = example(seed, rows=1)
     mask = segment_mask(*packed(lengths), None if seed % 2 else 2)
     np.testing.assert_allclose(attend(q, k, v, mask), loop_attention(q, k, v, np.asarray(mask)), rtol=1e-4, atol=1e-5)
@@ -116,7 +118,7 @@ def test_packed_sequences_are_read_as_if_alone():
     q, k, v = example(2, rows=1)
     mixed = attend(q, k, v, segment_mask(*packed([4, 5]), None))
     for start, end in ((0, 4), (4, 9)):
-        alone = segment_attention(*(x[:, start:end] for x in (q, k, v)), causal(1, end - start))
+        alone = segment_attention(*(x[:, start:end] for x in (q, k, v)), mask=causal(1, end - start))
         np.testing.assert_allclose(mixed[:, start:end], alone, rtol=1e-5, atol=1e-6)
     across = attend(q, k, v, causal(1))  # the bug: one causal mask over the row
     assert np.abs(np.asarray(across - mixed))[:, 4:].max() > 0.1
@@ -147,7 +149,7 @@ def test_bfloat16_keeps_its_type_and_softmax_in_float32():
     q, k, v = (x.astype(jnp.bfloat16) for x in example(6))
     result = attend(q, k, v, causal())
     assert result.dtype == jnp.bfloat16
-    expected = loop_attention(*(np.asarray(x, np.float32) for x in (q, k, v)), np.asarray(causal()))
+    expected = loop_attention(*(np.asarray(x, np.float32) for x in (q, k, v)), mask=np.asarray(causal()))
     np.testing.assert_allclose(np.asarray(result, np.float32), expected, atol=0.03)
 
 
@@ -156,16 +158,16 @@ def test_bfloat16_keeps_its_type_and_softmax_in_float32():
 TABLE = jnp.asarray([[7, 2, 5, 0], [1, 8, 3, 0]])  # in no order; page 0 stands where a row owns none
 
 
-def pool(fill=0.0):
+def pool(fill: float = 0.0):
     shape = (NUM_PAGES, KV_HEADS, PAGE, SIZE)
     return LayerPages(keys=jnp.full(shape, fill), values=jnp.full(shape, fill))
 
 
-def positions_of(tokens=TOKENS):
+def positions_of(tokens: int = TOKENS):
     return jnp.tile(jnp.arange(tokens)[None], (ROWS, 1))
 
 
-def run_paged(q, k, v, chunks, window=None, fill=0.0):
+def run_paged(q: Any, k: Any, v: Any, chunks: Sequence[tuple[int, int]], window: int | None = None, fill: float = 0.0):
     """Write and read in pieces, as chunked prefill and decode do."""
     pages, out = pool(fill), []
     for start, end in chunks:
@@ -183,7 +185,7 @@ DECODE = [(t, t + 1) for t in range(TOKENS)]
 @pytest.mark.parametrize("fill", [0.0, 100.0])
 @pytest.mark.parametrize("window", [None, 3])
 @pytest.mark.parametrize("chunks", [[(0, 9)], [(0, 5), (5, 9)], DECODE], ids=["prefill", "chunked", "decode"])
-def test_pages_equal_rows(chunks, window, fill):
+def test_pages_equal_rows(chunks: Sequence[tuple[int, int]], window: int | None, fill: float):
     q, k, v = example(7)
     expected = attend(q, k, v, causal(window=window))
     np.testing.assert_allclose(run_paged(q, k, v, chunks, window, fill), expected, rtol=1e-4, atol=1e-5)

@@ -1,5 +1,7 @@
 """Fingerprints: equal for equal weights wherever they lie, different for every mistake that swaps or spoils some."""
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -11,13 +13,13 @@ from jax.sharding import AxisType, NamedSharding, PartitionSpec
 from magistral_jax.policy.fingerprint import fingerprint
 
 
-def make_tree(seed=0, dtype=np.float32):
+def make_tree(seed: int = 0, dtype: Any = np.float32):
     rng = np.random.default_rng(seed)
     draw = lambda *shape: jnp.asarray(rng.normal(size=shape).astype(np.float32)).astype(dtype)
     return {"embed": draw(7, 4), "layers": {"k": draw(2, 4, 4), "q": draw(2, 4, 4), "scale": draw(2, 4)}}
 
 
-def loop_fingerprint(tree):
+def loop_fingerprint(tree: Any):
     """The same sum in plain Python integers."""
     total = 2166136261
     for leaf in jax.tree.leaves(tree):
@@ -33,7 +35,7 @@ def loop_fingerprint(tree):
 
 
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
-def test_equals_loop(dtype):
+def test_equals_loop(dtype: Any):
     assert fingerprint(make_tree(dtype=dtype)) == loop_fingerprint(make_tree(dtype=dtype))
 
 
@@ -43,7 +45,7 @@ def test_equal_weights_agree():
 
 
 @pytest.mark.parametrize("spec", [PartitionSpec(), PartitionSpec(None, "data")])
-def test_sharding_does_not_matter(spec):
+def test_sharding_does_not_matter(spec: PartitionSpec):
     mesh = jax.make_mesh((4,), ("data",), axis_types=(AxisType.Auto,), devices=jax.devices()[:4])
     placed = jax.tree.map(lambda leaf: jax.device_put(leaf, NamedSharding(mesh, spec)), make_tree())
     assert fingerprint(placed) == fingerprint(make_tree())
@@ -51,7 +53,7 @@ def test_sharding_does_not_matter(spec):
 
 @settings(max_examples=30, deadline=None)
 @given(where=st.integers(0, 31), bit=st.integers(0, 31))
-def test_one_flipped_bit_shows(where, bit):
+def test_one_flipped_bit_shows(where: int, bit: int):
     tree = make_tree()
     words = np.array(tree["layers"]["q"]).view(np.uint32)
     words.reshape(-1)[where] ^= np.uint32(1 << bit)
@@ -61,7 +63,7 @@ def test_one_flipped_bit_shows(where, bit):
 
 @settings(max_examples=30, deadline=None)
 @given(first=st.integers(0, 31), second=st.integers(0, 31))
-def test_two_swapped_elements_show(first, second):
+def test_two_swapped_elements_show(first: int, second: int):
     tree = make_tree()
     flat = np.array(tree["layers"]["q"]).reshape(-1)
     flat[[first, second]] = flat[[second, first]]

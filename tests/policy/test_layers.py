@@ -21,7 +21,7 @@ MODEL = ModelConfig(
 rotate = jax.jit(rope)
 
 
-def draw(seed, *shape):
+def draw(seed: int, *shape: int):
     return jnp.asarray(np.random.default_rng(seed).normal(size=shape), jnp.float32)
 
 
@@ -34,11 +34,11 @@ def test_rms_norm_golden():
 
 @settings(max_examples=30, deadline=None)
 @given(seed=st.integers(0, 10_000))
-def test_rms_norm_equals_loop(seed):
+def test_rms_norm_equals_loop(seed: int):
     x, scale = draw(seed, 3, 5), draw(seed + 1, 5)
     expected = [
         [value / np.sqrt(sum(float(u) ** 2 for u in row) / 5 + 1e-5) * s for value, s in zip(row, scale, strict=True)]
-        for row in np.float64(x)
+        for row in np.asarray(x, np.float64)
     ]
     np.testing.assert_allclose(rms_norm(x, scale, 1e-5), expected, rtol=1e-4, atol=1e-6)
 
@@ -84,7 +84,7 @@ def test_rope_at_position_0_is_the_identity_and_elsewhere_keeps_lengths():
 
 @settings(max_examples=30, deadline=None)
 @given(first=st.integers(0, 200), second=st.integers(0, 200), shift=st.integers(0, 500))
-def test_scores_depend_on_relative_positions_only(first, second, shift):
+def test_scores_depend_on_relative_positions_only(first: int, second: int, shift: int):
     q, k, frequencies = draw(4, 1, 1, 1, 4), draw(5, 1, 1, 1, 4), rope_frequencies(MODEL)
     at = lambda position: jnp.full((1, 1), position, jnp.int32)
     score = lambda a, b: float(jnp.sum(rotate(q, at(a), frequencies) * rotate(k, at(b), frequencies)))
@@ -122,7 +122,7 @@ def test_project_is_a_matrix_product_for_each_token():
 
 
 @functools.cache
-def init(config):
+def init(config: ModelConfig):
     x, positions = jnp.zeros((1, 1, config.d_model)), jnp.zeros((1, 1), jnp.int32)
     run = jax.jit(lambda key: DecoderLayer(config).init(key, x, positions, lambda q, k, v: (q, None))["params"])
     return nn.meta.unbox(run(jax.random.key(0)))
@@ -155,10 +155,10 @@ def test_both_branches_add_to_the_residual_stream():
     mlp_off = {"mlp": weights["mlp"] | {"down": silent(weights["mlp"]["down"])}}
     np.testing.assert_array_equal(run(attn_off | mlp_off), x)
     # The feed-forward by itself: down(silu(gate(n)) · up(n)) of the normed stream.
-    normed = np.float64(rms_norm(x, weights["mlp_norm"]["scale"], MODEL.norm_eps))
-    gate, up, down = (np.float64(weights["mlp"][n]["kernel"]) for n in ("gate", "up", "down"))
+    normed = np.asarray(rms_norm(x, weights["mlp_norm"]["scale"], MODEL.norm_eps), np.float64)
+    gate, up, down = (np.asarray(weights["mlp"][n]["kernel"], np.float64) for n in ("gate", "up", "down"))
     inner = normed @ gate
-    expected = np.float64(x) + (inner / (1 + np.exp(-inner)) * (normed @ up)) @ down
+    expected = np.asarray(x, np.float64) + (inner / (1 + np.exp(-inner)) * (normed @ up)) @ down
     np.testing.assert_allclose(run(attn_off), expected, rtol=1e-4, atol=1e-5)
 
 

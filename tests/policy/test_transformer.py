@@ -2,11 +2,14 @@
 
 import dataclasses
 import functools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.sharding import PartitionSpec
+from jaxtyping import Array
 
 from magistral_jax.policy.attention import LayerPages, PagedCache
 from magistral_jax.policy.config import ModelConfig, RopeScaling
@@ -44,12 +47,12 @@ def _compile_fast():
     jax.config.update("jax_disable_most_optimizations", False)
 
 
-def config_of(variant):
+def config_of(variant: str):
     return dataclasses.replace(BASE, **VARIANTS[variant])
 
 
 @functools.cache
-def params_of(variant="base"):
+def params_of(variant: str = "base"):
     """Random weights; norms and biases too, so that a missing one shows."""
     params = init(config_of(variant), jax.random.key(0))
     rng = np.random.default_rng(1)
@@ -58,22 +61,22 @@ def params_of(variant="base"):
     return jax.tree_util.tree_map_with_path(lambda p, x: spread(p, x) if is_vector(p) else x, params)
 
 
-def tokens_of(rows=2, seed=0):
+def tokens_of(rows: int = 2, seed: int = 0):
     return jnp.asarray(np.random.default_rng(seed).integers(0, BASE.vocab_size, (rows, LENGTH)), jnp.int32)
 
 
-def row_ids(rows=2):
+def row_ids(rows: int = 2):
     """Positions and segment ids of rows that hold one sequence each."""
     return jnp.tile(jnp.arange(LENGTH)[None], (rows, 1)), jnp.ones((rows, LENGTH), jnp.int32)
 
 
-def hidden_of(variant="base", tokens=None, params=None, **kwargs):
+def hidden_of(variant: str = "base", tokens: Array | None = None, params: Any = None, **kwargs: Any):
     tokens = tokens_of() if tokens is None else tokens
     return run(params_of(variant) if params is None else params, config_of(variant), tokens, *row_ids(), **kwargs)[0]
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
-def test_a_token_is_read_by_itself_and_later_tokens_only(variant):
+def test_a_token_is_read_by_itself_and_later_tokens_only(variant: str):
     tokens = tokens_of()
     changed = tokens.at[0, 6].set((tokens[0, 6] + 1) % BASE.vocab_size)
     difference = np.abs(np.asarray(hidden_of(variant, changed) - hidden_of(variant, tokens))).max(axis=-1)
@@ -158,14 +161,14 @@ def test_later_layers_are_applied_in_order():
     assert np.abs(np.asarray(hidden_of(params=swapped) - hidden_of())).max() > 1e-3
 
 
-def cache_of(config, dtype=jnp.float32):
+def cache_of(config: ModelConfig, dtype: Any = jnp.float32):
     shape = (8, config.num_kv_heads, 4, config.head_dim)
     layers = tuple(LayerPages(jnp.zeros(shape, dtype), jnp.zeros(shape, dtype)) for _ in range(config.num_layers))
     return PagedCache(layers, jnp.asarray([[5, 2, 7], [1, 3, 6]]))
 
 
 @pytest.mark.parametrize("variant", ["base", "qk_norm", "window"])
-def test_prefill_and_decode_give_the_hidden_states_of_training(variant):
+def test_prefill_and_decode_give_the_hidden_states_of_training(variant: str):
     config, tokens = config_of(variant), tokens_of()
     positions, segments = row_ids()
     params, cache, pieces = unstack(params_of(variant), config), cache_of(config), []
@@ -204,13 +207,13 @@ def test_logits_are_float32_whatever_the_precision():
 
 
 @pytest.mark.parametrize("variant", ["base", "qkv_bias", "qk_norm", "tied"])
-def test_one_declaration_gives_an_axis_name_to_every_dimension(variant):
+def test_one_declaration_gives_an_axis_name_to_every_dimension(variant: str):
     params, axes = params_of(variant), logical_axes(config_of(variant))
-    is_spec = lambda leaf: isinstance(leaf, jax.sharding.PartitionSpec)
+    is_spec = lambda leaf: isinstance(leaf, PartitionSpec)
     assert jax.tree.structure(params) == jax.tree.structure(axes, is_leaf=is_spec)
     sizes = {"vocab": 17, "embed": 8, "layers": 2, "heads": 4, "kv_heads": 2, "head_dim": 4, "mlp": 12}
 
-    def check(leaf, spec):
+    def check(leaf: Array, spec: PartitionSpec):
         assert len(spec) == leaf.ndim
         assert all(name is None or sizes[name] == size for name, size in zip(spec, leaf.shape, strict=True))
 

@@ -1,6 +1,7 @@
 """Publishing inside one process: what the generator holds survives the trainer's next update."""
 
 import dataclasses
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -19,11 +20,11 @@ from magistral_jax.train.step import init_state, make_train_step, sft_objective
 MODEL = ModelConfig(vocab_size=13, d_model=8, num_layers=2, num_heads=2, num_kv_heads=1, head_dim=4, d_ff=8)
 
 
-def make_params(seed=0, model=MODEL):
+def make_params(seed: int = 0, model: ModelConfig = MODEL):
     return jax.jit(init_params, static_argnums=0)(model, jax.random.key(seed))
 
 
-def host(tree):
+def host(tree: Any):
     return jax.tree.map(np.array, tree)  # a copy, not a view of the device's memory
 
 
@@ -49,7 +50,7 @@ def test_published_weights_survive_an_update_that_donates_the_trainers():
 
 
 @pytest.mark.parametrize("num_layers", [1, 2])
-def test_no_leaf_is_handed_on_unchanged(num_layers):
+def test_no_leaf_is_handed_on_unchanged(num_layers: int):
     # With one layer, unstacking is a reshape, and the other leaves are not computed on at all.
     model = dataclasses.replace(MODEL, num_layers=num_layers)
     params = make_params(model=model)
@@ -79,7 +80,7 @@ def test_values_and_layers_arrive_in_order():
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_cast_to_the_generators_precision(dtype):
+def test_cast_to_the_generators_precision(dtype: str):
     params = make_params()
     published = make_publish(MODEL, jnp.dtype(dtype))(params)
     assert {str(leaf.dtype) for leaf in jax.tree.leaves(published)} == {dtype}

@@ -4,6 +4,8 @@ import os
 import signal
 import threading
 import time
+from collections.abc import Callable
+from typing import Any
 
 import pytest
 
@@ -28,12 +30,14 @@ PATIENCE = 60.0
 class Cast:
     """Every role answers at once, except where `on` says something else: {action type: what to report, or None}."""
 
-    def __init__(self, on=None, inbox=None):
+    def __init__(self, on: dict[type, Callable[[Any], Any]] | None = None) -> None:
         self.on = on or {}
-        self.inbox: Inbox = inbox or Inbox()
-        self.actions, self.events, self.receipts = [], [], []
+        self.inbox: Inbox = Inbox()
+        self.actions: list[Any] = []
+        self.events: list[machine.Event] = []
+        self.receipts: list[WeightVersion] = []
 
-    def act(self, state, action):
+    def act(self, state: State, action: machine.Action) -> None:
         self.actions.append(action)
         if type(action) in self.on:
             reports = self.on[type(action)](action)
@@ -42,7 +46,7 @@ class Cast:
         for report in reports or []:
             self.inbox.put(report)
 
-    def usual(self, action):
+    def usual(self, action: machine.Action) -> list[Any] | None:
         match action:
             case machine.Dispatch(group_id):
                 first = group_id * RULES.group_size
@@ -54,11 +58,11 @@ class Cast:
             case machine.Publish(version):
                 return [WeightVersion(version, 10 * version)]
 
-    def drive(self, deadline=PATIENCE, state=None):
+    def drive(self, deadline: float = PATIENCE) -> State:
         self.inbox.put(machine.Started())
         return drive(
             RULES,
-            state or State(),
+            State(),
             self.inbox,
             act=self.act,
             on_receipt=self.receipts.append,
@@ -66,7 +70,7 @@ class Cast:
             deadline=deadline,
         )
 
-    def count(self, kind):
+    def count(self, kind: type) -> int:
         return sum(isinstance(action, kind) for action in self.actions)
 
 
@@ -96,7 +100,7 @@ def test_an_event_is_recorded_before_it_has_effects():
 def test_a_role_that_fails_ends_the_run_in_order(role: str):
     error = ValueError("out of paper")
 
-    def fail(action):
+    def fail(action: machine.Action) -> Any:
         if cast.count(machine.Publish) == 1:
             return [RoleFailed(role, error)]
         return cast.usual(action)
@@ -147,7 +151,7 @@ def test_silence_has_an_end_and_a_name(silent: type, sentence: str):
 
 
 def test_a_failure_and_then_silence_names_the_failure():
-    def train(action):
+    def train(action: machine.Action) -> Any:
         return [RoleFailed("generator", ValueError("gone"))]  # and the trainer never reports
 
     with pytest.raises(RoleFailedError, match="The generator failed"):
@@ -164,7 +168,7 @@ def test_a_stop_request_finishes_the_running_step():
 def test_a_receipt_that_is_refused_ends_the_run():
     cast = Cast()
 
-    def refuse(receipt):
+    def refuse(receipt: WeightVersion) -> None:
         raise ValueError(f"not what was sent: {receipt.version}")
 
     with pytest.raises(ValueError, match="not what was sent: 1"):

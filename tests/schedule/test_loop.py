@@ -9,6 +9,7 @@ import pathlib
 import random
 import threading
 import time
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -24,9 +25,9 @@ from magistral_jax.policy.config import ModelConfig
 from magistral_jax.policy.transformer import init_params
 from magistral_jax.publish.same_process import make_publish
 from magistral_jax.pytrees import TrainState
-from magistral_jax.records import MagistralError, Problem, Prompt, Reward, SamplingParams, Verdict
+from magistral_jax.records import Graded, MagistralError, Problem, Prompt, Reward, SamplingParams, Verdict
 from magistral_jax.schedule.live import RoleFailedError
-from magistral_jax.schedule.loop import AsyncLoop, Stages
+from magistral_jax.schedule.loop import AsyncLoop, Stages, Update
 from magistral_jax.schedule.machine import Rules, State, StopRequested, from_saved
 from magistral_jax.verify.pool import VerifierPool, VerifyItem
 
@@ -48,6 +49,10 @@ PARAMS = jax.jit(init_params, static_argnums=0)(MODEL, jax.random.key(0))
 PUBLISH = make_publish(MODEL, jnp.dtype("float32"))
 PATIENCE = 120.0
 
+OnResult = Callable[[int, Reward], None]
+Judge = Callable[[int], Verdict | None]
+Groups = Sequence[Sequence[Graded]]
+
 
 class FakePool(VerifierPool):
     """Verifiers that answer after a random time, each from a thread of its own.
@@ -56,7 +61,7 @@ class FakePool(VerifierPool):
     request, so that no group is without variance.
     """
 
-    def __init__(self, on_result, judge, seed, longest):
+    def __init__(self, on_result: OnResult, judge: Judge, seed: int, longest: float) -> None:
         self._deliver, self._judge, self._longest = on_result, judge, longest
         self._random = random.Random(seed)
         self.submitted: list[VerifyItem] = []
@@ -75,7 +80,7 @@ class FakePool(VerifierPool):
         self._timers.append(timer)
         timer.start()
 
-    def _answer(self, request_id, reward):
+    def _answer(self, request_id: int, reward: Reward) -> None:
         if not self.is_cancelled:
             self._deliver(request_id, reward)
 
@@ -120,20 +125,17 @@ class Run:
         self,
         folder: pathlib.Path,
         *,
-        rules=RULES,
-        schedule=None,
-        judge=lambda request_id: Verdict.CORRECT,
-        longest_delay=0.05,
-        seed=0,
-        update=None,
-        publish=PUBLISH,
-        train_state=None,
-        deadline=PATIENCE,
-        batcher=None,
-        prompt_at=None,
-        resumed_step=None,
-    ):
-        self.folder, self.rules = folder, rules
+        schedule: State | None = None,
+        judge: Judge = lambda request_id: Verdict.CORRECT,
+        longest_delay: float = 0.05,
+        seed: int = 0,
+        update: Update | None = None,
+        train_state: TrainState | None = None,
+        deadline: float = PATIENCE,
+        batcher: ContinuousBatcher | None = None,
+        resumed_step: int | None = None,
+    ) -> None:
+        self.folder, self.rules = folder, RULES
         folder.mkdir(exist_ok=True)
         self.batches: list[tuple[int, list[Any]]] = []  # (version, groups) of each update
         self.checkpoints = FakeCheckpoints()
@@ -144,32 +146,34 @@ class Run:
         self.metrics = MetricsWriter(folder, resumed_step=resumed_step)
         self.rollouts = RolloutWriter(folder, resumed_step=resumed_step)
 
-        def make_verifiers(on_result):
+        def make_verifiers(on_result: OnResult) -> FakePool:
             self.pool = FakePool(on_result, judge, seed, longest_delay)
             return self.pool
 
         stages = Stages(
-            prompt_at=prompt_at or self.prompt_at,
+            prompt_at=self.prompt_at,
             decode=lambda ids: " ".join(map(str, ids)),
             extract_answer=lambda text: text[-1:],
             sampling=SamplingParams(1.0, 1.0, 0, ENGINE.max_new_tokens),
             batcher=self.batcher,
             make_verifiers=make_verifiers,
             update=update or self.update,
-            publish=publish,
+            publish=PUBLISH,
             checkpoints=self.checkpoints,
             metrics=self.metrics,
             rollouts=self.rollouts,
             on_step=lambda step, metrics: None,
         )
-        self.loop = AsyncLoop(rules, schedule or State(), state, stages, folder=folder, deadline=deadline)
+        self.loop = AsyncLoop(RULES, schedule or State(), state, stages, folder=folder, deadline=deadline)
 
     @staticmethod
-    def prompt_at(cursor):
+    def prompt_at(cursor: int) -> Prompt:
         ids = np.array([2, 3 + cursor % 7, 10 + cursor % 10], np.int32)
         return Prompt(Problem(f"p{cursor}", f"Question {cursor}", "7"), ids, f"Question {cursor}")
 
-    def update(self, state, groups, version):
+    def update(
+        self, state: TrainState, groups: Groups, version: int
+    ) -> tuple[TrainState, dict[str, float], np.ndarray]:
         """Any change of the weights will do."""
         self.batches.append((version, [list(group) for group in groups]))
         params = jax.tree.map(lambda leaf: leaf * 1.01, state.params)
@@ -188,7 +192,7 @@ class Run:
         """Request ids in the order of training."""
         return [graded.rollout.request_id for _, groups in self.batches for group in groups for graded in group]
 
-    def lines(self, name):
+    def lines(self, name: str) -> list[dict[str, Any]]:
         return [json.loads(line) for line in (self.folder / name).read_text().splitlines()]
 
 
@@ -221,7 +225,7 @@ def test_nothing_is_lost_when_verifiers_fail(usual: tuple[Run, State]):
     check_books(*usual)
 
 
-def check_books(run, state):
+def check_books(run: Run, state: State) -> None:
     rules = run.rules
     assert state.num_done == rules.num_steps
     assert [version for version, _ in run.batches] == list(range(rules.num_steps))
@@ -315,7 +319,7 @@ def test_checkpoints_hold_the_weights_of_their_step(usual: tuple[Run, State]):
 
 def test_a_stop_and_a_resume_train_everything_once(tmp_path: pathlib.Path):
     class Stopping(Run):
-        def update(self, state, groups, version):
+        def update(self, state: TrainState, groups: Groups, version: int) -> Any:
             if version == 1:
                 self.loop.inbox.put(StopRequested())
             return super().update(state, groups, version)
@@ -363,21 +367,28 @@ def test_a_generator_with_other_weights_ends_the_run(tmp_path: pathlib.Path):
     assert threads_left() == []
 
 
-def test_the_first_weights_are_checked_too(tmp_path: pathlib.Path):
-    sent = []
+def used_batcher(kind: type[ContinuousBatcher], *, is_stepped: bool) -> ContinuousBatcher:
+    """An engine that has the first weights already, from an evaluation (then it has used them) or from a resume."""
+    batcher = kind(MODEL, ENGINE, (0, 1), seed=3)
+    ContinuousBatcher.set_weights(batcher, PUBLISH(PARAMS), 0)
+    if is_stepped:
+        batcher.step()
+    return batcher
 
-    def publish(params):
-        sent.append(None)
-        return PUBLISH(params)
 
+@pytest.mark.parametrize("is_stepped", [True, False])
+def test_the_first_weights_are_checked_even_if_the_engine_has_some(tmp_path: pathlib.Path, is_stepped: bool):
     class Corrupted(ContinuousBatcher):
         def set_weights(self, params: dict[str, Any], version: int) -> None:
             super().set_weights(jax.tree.map(lambda leaf: leaf + 1e-6, params), version)
 
-    run = Run(tmp_path, publish=publish, batcher=Corrupted(MODEL, ENGINE, (0, 1), seed=3))
+    run = Run(tmp_path / "corrupted", batcher=used_batcher(Corrupted, is_stepped=is_stepped))
     with pytest.raises(MagistralError, match="as version 0"):
         run.run()
     assert run.batches == []
+
+    run = Run(tmp_path / "sound", batcher=used_batcher(ContinuousBatcher, is_stepped=is_stepped))
+    check_books(run, run.run())
 
 
 def test_a_generator_that_fails_ends_the_run_in_order(tmp_path: pathlib.Path):
@@ -406,7 +417,7 @@ def test_a_generator_that_fails_ends_the_run_in_order(tmp_path: pathlib.Path):
 
 
 def test_a_trainer_that_fails_is_named(tmp_path: pathlib.Path):
-    def update(state, groups, version):
+    def update(state: TrainState, groups: Groups, version: int) -> Any:
         raise FloatingPointError("loss is not finite")
 
     run = Run(tmp_path, update=update)
@@ -419,7 +430,7 @@ def test_a_trainer_that_fails_is_named(tmp_path: pathlib.Path):
 def test_a_trainer_that_hangs_is_named_and_left_behind(tmp_path: pathlib.Path):
     release = threading.Event()
 
-    def update(state, groups, version):
+    def update(state: TrainState, groups: Groups, version: int) -> Any:
         release.wait(PATIENCE)
         raise ValueError("too late")
 
@@ -442,7 +453,7 @@ def test_verifiers_that_hang_are_named_and_the_state_is_saved(tmp_path: pathlib.
 
 
 def test_a_pool_that_has_failed_ends_the_run_in_order(tmp_path: pathlib.Path):
-    def judge(request_id):
+    def judge(request_id: int) -> Verdict:
         if request_id >= 10:
             raise MagistralError("the verifier pool has failed: no room")
         return Verdict.CORRECT

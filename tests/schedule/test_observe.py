@@ -6,7 +6,13 @@ from magistral_jax.records import Graded, Reward, Rollout, Verdict
 from magistral_jax.schedule.observe import describe_rollouts, is_after_swap
 
 
-def graded(versions, verdict, *, parts=(0.1, 0.9, 0.0, 0.1), truncated=False):
+def graded(
+    versions: list[int],
+    verdict: Verdict,
+    *,
+    parts: tuple[float, float, float, float] = (0.1, 0.9, 0.0, 0.1),
+    truncated: bool = False,
+) -> Graded:
     rollout = Rollout(
         request_id=0,
         prompt_ids=np.zeros(3, np.int32),

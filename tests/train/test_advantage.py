@@ -1,5 +1,9 @@
 """Advantages: the report's normalisation by hand, against a loop, its laws and its ablations."""
 
+import random
+from collections.abc import Sequence
+from typing import Any, Literal
+
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -9,7 +13,8 @@ from hypothesis import strategies as st
 from magistral_jax.schedule import machine
 from magistral_jax.train.advantage import group_advantage, has_variance
 
-MODES = ("minibatch", "group", "none")
+Mode = Literal["minibatch", "group", "none"]
+MODES: tuple[Mode, ...] = ("minibatch", "group", "none")
 # What a rewarder gives: 0, 0.1 (format), 1.0, 1.1 (all), and length penalties in between.
 REWARD = st.sampled_from([0.0, 0.05, 0.1, 0.2, 0.55, 0.9, 1.0, 1.1])
 REWARDS = st.sampled_from([(1, 2), (2, 3), (4, 4)]).flatmap(
@@ -17,11 +22,11 @@ REWARDS = st.sampled_from([(1, 2), (2, 3), (4, 4)]).flatmap(
 )
 
 
-def advantage_of(rewards, mode="minibatch"):
+def advantage_of(rewards: Any, mode: Mode = "minibatch"):
     return np.asarray(group_advantage(jnp.asarray(rewards, jnp.float32), mode))
 
 
-def loop_advantage(rewards, mode):
+def loop_advantage(rewards: Any, mode: Mode):
     """Plain loop in float64."""
     centred = [[r - sum(group) / len(group) for r in group] for group in rewards]
     everything = [a for group in centred for a in group]
@@ -54,21 +59,21 @@ def test_golden_group():
 @pytest.mark.parametrize("mode", MODES)
 @settings(max_examples=30, deadline=None)
 @given(rewards=REWARDS)
-def test_equals_loop(mode, rewards):
+def test_equals_loop(mode: Mode, rewards: Any):
     np.testing.assert_allclose(advantage_of(rewards, mode), loop_advantage(rewards, mode), rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("mode", MODES)
 @settings(max_examples=30, deadline=None)
 @given(rewards=REWARDS, shift=st.sampled_from([-1.0, 0.5, 2.0]))
-def test_shifting_the_rewards_of_a_group_changes_nothing(mode, rewards, shift):
+def test_shifting_the_rewards_of_a_group_changes_nothing(mode: Mode, rewards: Any, shift: float):
     shifted = [[r + shift for r in rewards[0]], *rewards[1:]]
     np.testing.assert_allclose(advantage_of(shifted, mode), advantage_of(rewards, mode), rtol=1e-3, atol=1e-5)
 
 
 @settings(max_examples=30, deadline=None)
 @given(rewards=REWARDS, order=st.randoms(use_true_random=False))
-def test_follows_a_permutation_of_groups_and_members(rewards, order):
+def test_follows_a_permutation_of_groups_and_members(rewards: Any, order: random.Random):
     rewards = np.array(rewards)
     groups = order.sample(range(len(rewards)), len(rewards))
     members = order.sample(range(rewards.shape[1]), rewards.shape[1])
@@ -77,7 +82,7 @@ def test_follows_a_permutation_of_groups_and_members(rewards, order):
 
 
 @pytest.mark.parametrize("mode", ["minibatch", "group"])
-def test_scale_of_rewards_does_not_matter(mode):
+def test_scale_of_rewards_does_not_matter(mode: Mode):
     rewards = np.array([[1.0, 0.0, 0.1], [0.9, 1.1, 0.0]])
     np.testing.assert_allclose(advantage_of(7 * rewards, mode), advantage_of(rewards, mode), rtol=1e-5)
 
@@ -89,14 +94,14 @@ def test_minibatch_mode_has_mean_0_and_std_1_over_sequences():
 
 
 @pytest.mark.parametrize("mode", MODES)
-def test_group_of_equal_rewards_contributes_nothing(mode):
+def test_group_of_equal_rewards_contributes_nothing(mode: Mode):
     result = advantage_of([[0.7, 0.7, 0.7], [1.0, 0.0, 0.0]], mode)
     np.testing.assert_allclose(result[0], 0.0, atol=1e-6)
     assert result[1, 0] > 0.5
 
 
 @pytest.mark.parametrize("mode", MODES)
-def test_all_rewards_equal_gives_zeros_and_no_nan(mode):
+def test_all_rewards_equal_gives_zeros_and_no_nan(mode: Mode):
     # 0.7 has no exact float32 mean of three: what is left must not be divided by its own tiny deviation.
     np.testing.assert_allclose(advantage_of([[0.7, 0.7, 0.7], [0.1, 0.1, 0.1]], mode), 0.0, atol=1e-6)
 
@@ -117,7 +122,7 @@ def test_has_variance_golden():
     assert has_variance(rewards).tolist() == [False, True, True]
 
 
-def run_machine(filter_zero_variance, rewards_by_group):
+def run_machine(filter_zero_variance: bool, rewards_by_group: Sequence[tuple[float, float]]):
     """Grade the first groups of a fresh run; returns the final state and all actions."""
     rules = machine.Rules(
         group_size=2,

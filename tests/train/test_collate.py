@@ -1,6 +1,7 @@
 """Collation: every token keeps its meaning whatever the packing; longest first; few shapes."""
 
 import dataclasses
+from collections.abc import Sequence
 
 import jax
 import numpy as np
@@ -8,13 +9,14 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from magistral_jax.pytrees import Batch
 from magistral_jax.records import MagistralError
 from magistral_jax.train.collate import TrainingSequence, collate, pack
 
 LENGTHS = st.lists(st.integers(2, 20), min_size=1, max_size=15)
 
 
-def make_sequence(prompt, completion, advantage=1.0, seed=0):
+def make_sequence(prompt: Sequence[int], completion: Sequence[int], advantage: float = 1.0, seed: int = 0):
     rng = np.random.default_rng(seed)
     return TrainingSequence(
         prompt_ids=np.array(prompt, np.int32),
@@ -25,17 +27,19 @@ def make_sequence(prompt, completion, advantage=1.0, seed=0):
     )
 
 
-def random_sequences(lengths, seed=0):
+def random_sequences(lengths: Sequence[int], seed: int = 0):
     rng = np.random.default_rng(seed)
     sequences = []
     for i, length in enumerate(lengths):
         num_prompt = int(rng.integers(1, length))
         ids = rng.integers(0, 100, length)
-        sequences.append(make_sequence(ids[:num_prompt], ids[num_prompt:], float(rng.normal()), seed=i))
+        sequences.append(
+            make_sequence(ids[:num_prompt].tolist(), ids[num_prompt:].tolist(), float(rng.normal()), seed=i)
+        )
     return sequences
 
 
-def unpacked(batch):
+def unpacked(batch: Batch):
     """Every segment of a batch as a TrainingSequence again, from the arrays alone."""
     flat = jax.tree.map(lambda x: np.asarray(x).reshape(-1, x.shape[-1]), batch)
     found = []
@@ -57,7 +61,7 @@ def unpacked(batch):
     return found
 
 
-def as_key(sequence):
+def as_key(sequence: TrainingSequence):
     return tuple(np.asarray(value).round(5).tolist() for value in dataclasses.astuple(sequence) if np.ndim(value))
 
 
@@ -78,7 +82,7 @@ def test_rows_of_equal_lengths_keep_their_order():
 
 @settings(max_examples=30, deadline=None)
 @given(lengths=LENGTHS, row_tokens=st.integers(20, 50))
-def test_pack_equals_loop(lengths, row_tokens):
+def test_pack_equals_loop(lengths: Sequence[int], row_tokens: int):
     rows = []
     for index in sorted(range(len(lengths)), key=lambda i: (-lengths[i], i)):
         for row in rows:
@@ -92,7 +96,7 @@ def test_pack_equals_loop(lengths, row_tokens):
 
 @settings(max_examples=30, deadline=None)
 @given(lengths=LENGTHS, row_tokens=st.integers(20, 50))
-def test_pack_loses_and_doubles_nothing(lengths, row_tokens):
+def test_pack_loses_and_doubles_nothing(lengths: Sequence[int], row_tokens: int):
     rows = pack(lengths, row_tokens)
     assert sorted(i for row in rows for i in row) == list(range(len(lengths)))
     assert all(0 < sum(lengths[i] for i in row) <= row_tokens for row in rows)
@@ -118,7 +122,7 @@ def test_collate_golden():
     mask = [[[False, False, True, True, False, True, True, False, False]]]
     assert batch.loss_mask.tolist() == mask
     assert batch.advantage.tolist() == [[[0, 0, 0.5, 0.5, 0, -1.5, -1.5, 0, 0]]]
-    assert batch.loss_weight.tolist() == np.float32(mask).tolist()
+    assert batch.loss_weight.tolist() == np.asarray(mask, np.float32).tolist()
     np.testing.assert_array_equal(batch.behavior_logprob[0, 0, 2:4], first.behavior_logprob)
     np.testing.assert_array_equal(batch.behavior_logprob[0, 0, 5:7], second.behavior_logprob)
     np.testing.assert_array_equal(batch.staleness[0, 0, 2:4], first.staleness)
@@ -126,7 +130,7 @@ def test_collate_golden():
 
 @settings(max_examples=30, deadline=None)
 @given(lengths=LENGTHS, row_tokens=st.integers(20, 40), rows=st.integers(1, 4))
-def test_collate_keeps_every_sequence_as_it_is(lengths, row_tokens, rows):
+def test_collate_keeps_every_sequence_as_it_is(lengths: Sequence[int], row_tokens: int, rows: int):
     sequences = random_sequences(lengths)
     batch = collate(sequences, row_tokens=row_tokens, rows_per_microbatch=rows)
     assert sorted(map(as_key, unpacked(batch))) == sorted(map(as_key, sequences))
@@ -137,10 +141,12 @@ def test_collate_keeps_every_sequence_as_it_is(lengths, row_tokens, rows):
 
 
 @pytest.mark.parametrize(("num_rows", "per_microbatch", "expected"), [(1, 1, 1), (3, 1, 4), (5, 2, 4), (8, 2, 4)])
-def test_number_of_microbatches_is_a_power_of_two_with_the_empty_ones_last(num_rows, per_microbatch, expected):
+def test_number_of_microbatches_is_a_power_of_two_with_the_empty_ones_last(
+    num_rows: int, per_microbatch: int, expected: int
+):
     batch = collate(random_sequences([10] * num_rows), row_tokens=10, rows_per_microbatch=per_microbatch)
     assert batch.tokens.shape == (expected, per_microbatch, 10)
-    is_used = np.asarray(batch.segment_ids).any(axis=(1, 2)).tolist()
+    is_used = [bool(part.any()) for part in batch.segment_ids]
     assert is_used == sorted(is_used, reverse=True)
 
 
@@ -174,7 +180,7 @@ def test_no_sequences_make_one_empty_microbatch():
 
 
 @pytest.mark.parametrize(("prompt", "completion"), [([], [1]), ([1], [])])
-def test_an_empty_prompt_or_completion_is_refused(prompt, completion):
+def test_an_empty_prompt_or_completion_is_refused(prompt: Sequence[int], completion: Sequence[int]):
     # The first token of a segment has no predecessor: its log-prob would come from the sequence before it in the row.
     with pytest.raises(ValueError, match="at least one prompt token"):
         collate([make_sequence(prompt, completion)], row_tokens=8, rows_per_microbatch=1)

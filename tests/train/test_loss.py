@@ -1,6 +1,7 @@
 """The objectives as functions of arrays: by hand, against a loop, their laws, masking, gradients, sharding."""
 
 import functools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -10,6 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 from jax.test_util import check_grads
+from jaxtyping import Array
 
 from magistral_jax.train.loss import grpo_loss, kl_penalty, masked_sum, sft_loss
 
@@ -18,7 +20,7 @@ loss = jax.jit(grpo_loss, static_argnames=("eps_low", "eps_high"))
 grpo = functools.partial(loss, eps_low=0.2, eps_high=0.28)
 
 
-def example(seed=0, shape=SHAPE):
+def example(seed: int = 0, shape: tuple[int, int] = SHAPE) -> Any:
     """Log-probs of policy and behaviour, advantages and a mask; ratios between 0.5 and 2."""
     rng = np.random.default_rng(seed)
     behavior = rng.uniform(-4, -1, shape)
@@ -27,12 +29,14 @@ def example(seed=0, shape=SHAPE):
     return (*arrays, jnp.asarray(rng.random(shape) < 0.7))
 
 
-def policy_gradient(policy, behavior, advantage, mask, **bounds):
+def policy_gradient(policy: Array, behavior: Array, advantage: Array, mask: Array, **bounds: Any):
     bounds = {"eps_low": 0.2, "eps_high": 0.28} | bounds
     return np.asarray(jax.grad(lambda p: loss(p, behavior, advantage, mask, **bounds)[0].total)(policy))
 
 
-def loop_loss(policy, behavior, advantage, mask, weight, eps_low, eps_high):
+def loop_loss(
+    policy: Array, behavior: Array, advantage: Array, mask: Array, weight: Any, eps_low: float, eps_high: float
+):
     total = weights = clipped = log_ratio = count = 0.0
     for index in np.ndindex(mask.shape):
         if not mask[index]:
@@ -76,11 +80,13 @@ def test_golden_gradient():
 
 @settings(max_examples=30, deadline=None)
 @given(seed=st.integers(0, 10_000))
-def test_equals_loop(seed):
+def test_equals_loop(seed: int):
     arrays = example(seed)
     weight = jnp.asarray(np.random.default_rng(seed + 1).uniform(0.1, 2, SHAPE), jnp.float32)
     result, metrics = grpo(*arrays, loss_weight=weight)
-    total, weights, clipped, log_ratio, count = loop_loss(*map(np.asarray, (*arrays, weight)), 0.2, 0.28)
+    total, weights, clipped, log_ratio, count = loop_loss(
+        *(np.asarray(x) for x in (*arrays, weight)), eps_low=0.2, eps_high=0.28
+    )
     np.testing.assert_allclose(float(result.total), total, rtol=1e-4, atol=1e-5)
     np.testing.assert_allclose(float(result.weight), weights, rtol=1e-5)
     assert (float(metrics["clip_fraction"].total), float(metrics["clip_fraction"].weight)) == (clipped, count)
@@ -108,7 +114,7 @@ def test_zero_advantage_contributes_nothing():
 
 
 @pytest.mark.parametrize("poison", [np.nan, np.inf])
-def test_nothing_at_masked_positions_is_read(poison):
+def test_nothing_at_masked_positions_is_read(poison: float):
     policy, behavior, advantage, mask = example()
     spoil = lambda x: jnp.where(mask, x, poison)
     clean, _ = grpo(policy, behavior, advantage, mask)
@@ -173,7 +179,7 @@ def test_ablation_of_clip_higher_changes_rare_tokens_that_do_well_and_nothing_el
 
 
 @pytest.mark.parametrize("bounds", [{"eps_low": -0.1}, {"eps_low": 1.0}, {"eps_high": -0.01}])
-def test_bounds_out_of_range_are_refused(bounds):
+def test_bounds_out_of_range_are_refused(bounds: Any):
     with pytest.raises(ValueError, match="eps_low"):
         grpo_loss(*example(), **({"eps_low": 0.2, "eps_high": 0.28} | bounds))
 
@@ -213,7 +219,7 @@ def test_kl_golden():
 
 @settings(max_examples=30, deadline=None)
 @given(seed=st.integers(0, 10_000))
-def test_kl_is_never_negative_and_pulls_towards_the_reference(seed):
+def test_kl_is_never_negative_and_pulls_towards_the_reference(seed: int):
     policy, reference, _, mask = example(seed)
     penalty = kl_penalty(policy, reference, mask)
     assert (np.asarray(penalty) >= -1e-6).all()
@@ -223,7 +229,7 @@ def test_kl_is_never_negative_and_pulls_towards_the_reference(seed):
 
 @settings(max_examples=30, deadline=None)
 @given(seed=st.integers(0, 10_000))
-def test_masked_sum_equals_loop(seed):
+def test_masked_sum_equals_loop(seed: int):
     values, _, _, mask = example(seed)
     result = masked_sum(jnp.where(mask, values, jnp.nan), mask)
     expected = [float(v) for v, m in zip(np.ravel(values), np.ravel(mask), strict=True) if m]

@@ -1,5 +1,8 @@
 """AdamW as configured: against a loop, clipping, schedules, what decays."""
 
+from collections.abc import Sequence
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -11,7 +14,7 @@ from magistral_jax.train.config import OptimizerConfig
 from magistral_jax.train.optimizer import apply_gradients, learning_rate_schedule, make_optimizer
 
 
-def make_tree(seed, scale=1.0):
+def make_tree(seed: int, scale: float = 1.0):
     rng = np.random.default_rng(seed)
     draw = lambda *shape: jnp.asarray(scale * rng.normal(size=shape), jnp.float32)
     return {
@@ -20,7 +23,7 @@ def make_tree(seed, scale=1.0):
     }
 
 
-def run(config, params, gradients, num_updates=10):
+def run(config: OptimizerConfig, params: Any, gradients: Any, num_updates: int = 10):
     """Parameters after one update per gradient, and the norms that were reported."""
     optimizer = make_optimizer(config, num_updates)
     update = jax.jit(lambda p, s, g: apply_gradients(optimizer, p, s, g))
@@ -31,13 +34,17 @@ def run(config, params, gradients, num_updates=10):
     return params, norms
 
 
-def loop_adamw(config, params, gradients):
+def loop_adamw(config: OptimizerConfig, params: Any, gradients: Any):
     """Plain AdamW with global-norm clipping at a constant step size, in float64."""
     names = ["embedding", "kernel", "bias", "scale"]
     to_list = lambda tree: [
-        np.float64(tree["embed"]["embedding"]),
-        *(np.float64(tree["layers"]["q"][n]) for n in ("kernel", "bias")),
-        np.float64(tree["layers"]["attn_norm"]["scale"]),
+        np.asarray(leaf, np.float64)
+        for leaf in (
+            tree["embed"]["embedding"],
+            tree["layers"]["q"]["kernel"],
+            tree["layers"]["q"]["bias"],
+            tree["layers"]["attn_norm"]["scale"],
+        )
     ]
     values = to_list(params)
     first, second = [np.zeros_like(v) for v in values], [np.zeros_like(v) for v in values]
@@ -58,7 +65,7 @@ def loop_adamw(config, params, gradients):
 @pytest.mark.parametrize("clip_norm", [1.0, 0.0])
 @settings(max_examples=10, deadline=None)
 @given(seed=st.integers(0, 10_000))
-def test_equals_loop(clip_norm, seed):
+def test_equals_loop(clip_norm: float, seed: int):
     config = OptimizerConfig(learning_rate=0.01, weight_decay=0.1, clip_norm=clip_norm, eps=1e-4)
     params = make_tree(seed)
     # Some gradients are longer than the clip and some shorter, so that the moments show whether clipping happened.
@@ -119,10 +126,10 @@ def test_parameters_and_moments_stay_in_float32():
     assert {str(x.dtype) for x in jax.tree.leaves(state)} <= {"float32", "int32"}
 
 
-def rates(config, num_updates, steps):
+def rates(config: OptimizerConfig, num_updates: int, steps: Sequence[int]):
     schedule = learning_rate_schedule(config, num_updates)
     with jax.numpy_dtype_promotion("standard"):
-        return [float(schedule(jnp.asarray(step))) for step in steps]
+        return [float(np.asarray(schedule(jnp.asarray(step)))) for step in steps]
 
 
 def test_warm_up_rises_from_0_and_then_stays():
@@ -131,7 +138,7 @@ def test_warm_up_rises_from_0_and_then_stays():
 
 
 @pytest.mark.parametrize("decay", ["constant", "cosine"])
-def test_without_warm_up_the_first_update_is_at_full_rate(decay):
+def test_without_warm_up_the_first_update_is_at_full_rate(decay: Any):
     config = OptimizerConfig(learning_rate=2.0, warmup_updates=0, decay=decay)
     assert rates(config, 100, [0]) == [2.0]
 

@@ -2,6 +2,8 @@
 
 import dataclasses
 import functools
+from collections.abc import Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -9,9 +11,11 @@ import numpy as np
 import optax
 import pytest
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
+from jaxtyping import Array
 
 from magistral_jax.policy.config import ModelConfig, PolicyConfig
 from magistral_jax.policy.transformer import forward, init_params, logical_axes, logits
+from magistral_jax.pytrees import Batch
 from magistral_jax.train.collate import TrainingSequence, collate
 from magistral_jax.train.config import LossConfig, OptimizerConfig
 from magistral_jax.train.optimizer import make_optimizer
@@ -25,7 +29,7 @@ OTHER_PARAMS = jax.jit(init_params, static_argnums=0)(MODEL, jax.random.key(1))
 # An "optimizer" that leaves the parameters alone and keeps the gradient as its state: what a step computes, exactly.
 RECORDER = optax.GradientTransformation(
     lambda params: jax.tree.map(jnp.zeros_like, params),
-    lambda gradients, state, params=None: (jax.tree.map(jnp.zeros_like, gradients), gradients),
+    lambda updates, state, params=None: (jax.tree.map(jnp.zeros_like, updates), updates),
 )
 # Float32 sums in another order: gradients are of size 0.01 … 1.
 close = functools.partial(np.testing.assert_allclose, rtol=2e-4, atol=2e-6)
@@ -39,7 +43,7 @@ def _compile_fast():
     jax.config.update("jax_disable_most_optimizations", False)
 
 
-def make_sequences(lengths, seed=0):
+def make_sequences(lengths: Sequence[tuple[int, int]], seed: int = 0):
     """Sequences of (prompt, completion) lengths; behaviour near uniform, so that some ratios are clipped."""
     rng = np.random.default_rng(seed)
     return [
@@ -59,43 +63,48 @@ NUM_TRAINED = sum(len(s.completion_ids) for s in SEQUENCES)
 
 
 @functools.cache
-def recording_step(loss=LOSS, policy=POLICY, temperature=1.0):
+def recording_step(loss: LossConfig = LOSS, policy: PolicyConfig = POLICY, temperature: float = 1.0):
     return make_train_step(MODEL, policy, grpo_objective(loss), RECORDER, temperature=temperature)
 
 
-def run(batch, loss=LOSS, reference=None, params=PARAMS, **kwargs):
+def run(batch: Batch, loss: LossConfig = LOSS, reference: Any = None, params: Any = PARAMS, **kwargs: Any):
     """(gradient, metrics) of one step."""
     state = init_state(jax.tree.map(jnp.copy, params), RECORDER)
     state, metrics = recording_step(loss, **kwargs)(state, batch, reference)
     return state.opt_state, metrics
 
 
-def cut(row_tokens=24, rows_per_microbatch=1, sequences=None, **kwargs):
+def cut(
+    row_tokens: int = 24,
+    rows_per_microbatch: int = 1,
+    sequences: Sequence[TrainingSequence] | None = None,
+    **kwargs: Any,
+):
     sequences = SEQUENCES if sequences is None else sequences
     return collate(sequences, row_tokens=row_tokens, rows_per_microbatch=rows_per_microbatch, **kwargs)
 
 
-def with_fields(batch, **fields):
+def with_fields(batch: Batch, **fields: Any):
     return dataclasses.replace(batch, **{name: jnp.asarray(value) for name, value in fields.items()})
 
 
-def descend(gradient, size):
+def descend(gradient: Any, size: float):
     return jax.tree.map(lambda p, g: p - size * g, PARAMS, gradient)
 
 
-def difference(a, b):
+def difference(a: Any, b: Any):
     return jax.tree.map(jnp.subtract, a, b)
 
 
-def norm(tree):
+def norm(tree: Any):
     return float(optax.tree.norm(tree))
 
 
 @jax.jit
-def alone(params, tokens, num_prompt, behavior, advantage, share):
+def alone(params: Any, tokens: Array, num_prompt: int, behavior: np.ndarray, advantage: float, share: float):
     """Loss and gradient of one sequence: no rows, no padding, no chunks, all logits at once."""
 
-    def total(params):
+    def total(params: Any):
         length = tokens.shape[1]
         hidden, _ = forward(params, MODEL, tokens, jnp.arange(length)[None], jnp.ones((1, length), jnp.int32))
         scores = jax.nn.log_softmax(logits(params, MODEL, hidden), axis=-1)[0, :-1]
@@ -109,7 +118,7 @@ def alone(params, tokens, num_prompt, behavior, advantage, share):
 
 
 @functools.cache
-def each_alone(normalization="token"):
+def each_alone(normalization: str = "token"):
     """(loss, gradient, sum of log-probs) of SEQUENCES, one after the other, divided once."""
     value, gradient, weight, logprob = 0.0, jax.tree.map(jnp.zeros_like, PARAMS), 0.0, 0.0
     for s in SEQUENCES:
@@ -126,7 +135,7 @@ def each_alone(normalization="token"):
 
 
 @pytest.mark.parametrize(("row_tokens", "rows"), [(24, 1), (12, 1), (32, 4)])
-def test_any_cut_gives_the_loss_and_gradient_of_each_sequence_alone(row_tokens, rows):
+def test_any_cut_gives_the_loss_and_gradient_of_each_sequence_alone(row_tokens: int, rows: int):
     gradient, metrics = run(cut(row_tokens, rows))
     value, expected, _ = each_alone()
     close(float(metrics["loss"].mean()), value)
@@ -135,7 +144,7 @@ def test_any_cut_gives_the_loss_and_gradient_of_each_sequence_alone(row_tokens, 
 
 
 @pytest.mark.parametrize(("row_tokens", "rows"), [(12, 1), (32, 4)])
-def test_any_cut_gives_the_same_metrics(row_tokens, rows):
+def test_any_cut_gives_the_same_metrics(row_tokens: int, rows: int):
     _, metrics = run(cut(row_tokens, rows))
     _, expected = run(cut())
     assert set(metrics) == {"loss", "grad_norm", "clip_fraction", "log_ratio", "entropy", "logprob_gap"}
@@ -155,7 +164,7 @@ def test_normalization_by_sequence_too_does_not_depend_on_the_cut():
 
 
 @pytest.mark.parametrize("bug", ["one segment", "positions run on"])
-def test_the_values_that_packing_bugs_would_give_are_far_off(bug):
+def test_the_values_that_packing_bugs_would_give_are_far_off(bug: str):
     batch = cut()
     if bug == "one segment":  # attention across the sequences of a row
         broken = with_fields(batch, segment_ids=jnp.minimum(batch.segment_ids, 1))
@@ -302,7 +311,7 @@ def test_log_probs_scored_at_the_same_shape_give_ratios_of_exactly_1():
 
 
 @pytest.mark.parametrize("advantage", [1.0, -1.0])
-def test_the_stop_token_is_trained(advantage):
+def test_the_stop_token_is_trained(advantage: float):
     # Completions of one token, their stop token. Only the first has an advantage; the others fill up the shape.
     first, *others = make_sequences([(7, 1), (20, 1), (20, 1)], seed=2)
     tokens = jnp.asarray(np.concatenate([first.prompt_ids, first.completion_ids])[None])
@@ -322,7 +331,7 @@ def test_temperature_divides_the_logits_in_training_as_in_sampling():
     jax.tree.map(close, hot["layers"], expected["layers"])
 
 
-def assert_only_loss_differs(metrics, others):
+def assert_only_loss_differs(metrics: Any, others: Any):
     for name in set(metrics) - {"loss", "grad_norm"}:
         np.testing.assert_allclose(float(others[name].total), float(metrics[name].total), rtol=1e-5)
 

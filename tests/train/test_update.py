@@ -1,14 +1,16 @@
 """From graded groups to gradient steps: minibatches, advantages, packing, staleness; the step itself is recorded."""
 
 import functools
+from typing import Any, Literal
 
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from magistral_jax.pytrees import TrainState, WeightedSum
+from magistral_jax.pytrees import Batch, TrainState, WeightedSum
 from magistral_jax.records import Graded, MagistralError, Reward, Rollout, Verdict
 from magistral_jax.train.config import BatchConfig, LossConfig
+from magistral_jax.train.step import Metrics
 from magistral_jax.train.update import update
 
 VERSION = 7
@@ -16,11 +18,11 @@ STATE = TrainState({}, {}, jnp.zeros((), jnp.int32))
 close = functools.partial(np.testing.assert_allclose, rtol=1e-5, atol=1e-6)
 
 
-def graded(reward, num_completion=3, versions=None, num_prompt=2):
+def graded(reward: float, num_completion: int = 3, versions: list[int] | None = None) -> Graded:
     rng = np.random.default_rng(int(1000 * reward) + num_completion)
     rollout = Rollout(
         request_id=0,
-        prompt_ids=np.arange(1, num_prompt + 1, dtype=np.int32),
+        prompt_ids=np.array([1, 2], np.int32),
         completion_ids=rng.integers(3, 9, num_completion).astype(np.int32),
         behavior_logprob=-rng.random(num_completion).astype(np.float32),
         weight_version=np.array(versions or [VERSION] * num_completion, np.int32),
@@ -32,10 +34,11 @@ def graded(reward, num_completion=3, versions=None, num_prompt=2):
 class Recorder:
     """A train step that keeps its batches and counts its updates; its metrics are sums over the batch's tokens."""
 
-    def __init__(self):
-        self.batches, self.references = [], []
+    def __init__(self) -> None:
+        self.batches: list[Batch] = []
+        self.references: list[Any] = []
 
-    def __call__(self, state, batch, reference_params):
+    def __call__(self, state: TrainState, batch: Batch, reference_params: Any) -> tuple[TrainState, Metrics]:
         self.batches.append(batch)
         self.references.append(reference_params)
         number = len(self.batches)
@@ -46,7 +49,9 @@ class Recorder:
         return TrainState(state.params, state.opt_state, state.num_updates + 1), metrics
 
 
-def run(groups, *, loss=None, reference=None, **batch):
+def run(
+    groups: list[list[Graded]], *, loss: LossConfig | None = None, reference: Any = None, **batch: int
+) -> tuple[Recorder, TrainState, dict[str, float], np.ndarray]:
     recorder = Recorder()
     sizes = {"group_size": 2, "batch_size": 8, "row_tokens": 12, "rows_per_microbatch": 2} | batch
     result = update(
@@ -61,7 +66,7 @@ def run(groups, *, loss=None, reference=None, **batch):
     return recorder, *result
 
 
-def sequences(batch):
+def sequences(batch: Batch) -> list[tuple[np.ndarray, ...]]:
     """(tokens, advantages, staleness, behaviour) of the trained tokens of each sequence, shortest first."""
     found = []
     for row in np.ndindex(batch.tokens.shape[:2]):
@@ -116,7 +121,7 @@ def test_several_minibatches_are_updates_of_their_own():
         ("group", [[-1, 1], [-1, 1], [-1, 1], [1, -1]]),
     ],
 )
-def test_advantage_modes(mode: str, expected: list[list[float]]):
+def test_advantage_modes(mode: Literal["none", "group"], expected: list[list[float]]):
     recorder, _, _, advantages = run(GROUPS, loss=LossConfig(advantage=mode))
     close(advantages, expected)
     close([float(s[1][0]) for s in sequences(recorder.batches[0])], np.ravel(expected))
