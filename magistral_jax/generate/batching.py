@@ -232,11 +232,9 @@ class ContinuousBatcher:
         return prefix
 
     def _prefill(self, fresh: list[tuple[Int32[np.ndarray, " _"], _SharedPrefix]]) -> None:
-        longest = max(len(tokens) for tokens, _ in fresh)
-        width = _SMALLEST_PREFILL
-        while width < longest:
-            width *= 2
-        rows = self._config.prefill_rows
+        # Rows and width are rounded up to powers of two: few shapes to compile, and a lone prompt costs a lone row.
+        width = max(_SMALLEST_PREFILL, _next_power_of_two(max(len(tokens) for tokens, _ in fresh)))
+        rows = min(_next_power_of_two(len(fresh)), self._config.prefill_rows)
         tokens, lengths = np.zeros((rows, width), np.int32), np.zeros(rows, np.int32)
         table = np.zeros((rows, self._table_width), np.int32)
         for row, (prompt, prefix) in enumerate(fresh):
@@ -298,6 +296,10 @@ class ContinuousBatcher:
                 self._slots[slot] = None
                 self._allocator.release(sequence.pages)
         return finished
+
+
+def _next_power_of_two(count: int) -> int:
+    return 1 << (count - 1).bit_length()
 
 
 def _rollout(sequence: _Sequence, *, truncated: bool) -> Rollout:

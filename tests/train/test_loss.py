@@ -35,7 +35,13 @@ def policy_gradient(policy: Array, behavior: Array, advantage: Array, mask: Arra
 
 
 def loop_loss(
-    policy: Array, behavior: Array, advantage: Array, mask: Array, weight: Any, eps_low: float, eps_high: float
+    policy: np.ndarray,
+    behavior: np.ndarray,
+    advantage: np.ndarray,
+    mask: np.ndarray,
+    weight: np.ndarray,
+    eps_low: float,
+    eps_high: float,
 ):
     total = weights = clipped = log_ratio = count = 0.0
     for index in np.ndindex(mask.shape):
@@ -116,14 +122,16 @@ def test_zero_advantage_contributes_nothing():
 @pytest.mark.parametrize("poison", [np.nan, np.inf])
 def test_nothing_at_masked_positions_is_read(poison: float):
     policy, behavior, advantage, mask = example()
-    spoil = lambda x: jnp.where(mask, x, poison)
-    clean, _ = grpo(policy, behavior, advantage, mask)
-    spoiled, metrics = grpo(spoil(policy), spoil(behavior), spoil(advantage), mask)
-    assert float(spoiled.total) == float(clean.total)
+    spoiled = [jnp.where(mask, x, poison) for x in (policy, behavior, advantage)]
+    total = lambda p, b, a: grpo_loss(p, b, a, mask, eps_low=0.2, eps_high=0.28)[0].total
+    # Not jitted: XLA itself turns x · mask into a selection, which would hide that such a product lets NaN through.
+    value, gradient = jax.value_and_grad(total)(*spoiled)
+    clean_value, clean_gradient = jax.value_and_grad(total)(policy, behavior, advantage)
+    assert float(value) == float(clean_value)
+    np.testing.assert_array_equal(gradient, clean_gradient)
+    assert not np.asarray(gradient)[~np.asarray(mask)].any()  # exactly 0, not NaN
+    _, metrics = grpo_loss(*spoiled, mask, eps_low=0.2, eps_high=0.28)
     assert all(np.isfinite(jax.tree.leaves(metrics)))
-    gradient = policy_gradient(spoil(policy), spoil(behavior), spoil(advantage), mask)
-    np.testing.assert_array_equal(gradient, policy_gradient(policy, behavior, advantage, mask))
-    assert not gradient[~np.asarray(mask)].any()  # exactly 0, not NaN
 
 
 def test_weights_at_masked_positions_do_not_count():
