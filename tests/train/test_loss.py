@@ -122,7 +122,8 @@ def test_zero_advantage_contributes_nothing():
 @pytest.mark.parametrize("poison", [np.nan, np.inf])
 def test_nothing_at_masked_positions_is_read(poison: float):
     policy, behavior, advantage, mask = example()
-    spoiled = [jnp.where(mask, x, poison) for x in (policy, behavior, advantage)]
+    spoil = lambda x: jnp.where(mask, x, poison)
+    spoiled = (spoil(policy), spoil(behavior), spoil(advantage))
     total = lambda p, b, a: grpo_loss(p, b, a, mask, eps_low=0.2, eps_high=0.28)[0].total
     # Not jitted: XLA itself turns x · mask into a selection, which would hide that such a product lets NaN through.
     value, gradient = jax.value_and_grad(total)(*spoiled)
