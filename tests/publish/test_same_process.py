@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from magistral_jax.policy.config import ModelConfig, PolicyConfig
 from magistral_jax.policy.fingerprint import fingerprint
@@ -87,6 +88,20 @@ def test_cast_to_the_generators_precision(dtype: str):
     expected = jax.tree.map(lambda leaf: leaf.astype(dtype), unstack(params, MODEL))
     jax.tree.map(np.testing.assert_array_equal, published, expected)
     assert str(params["embed"]["embedding"].dtype) == "float32"  # the trainer's own stay as they are
+
+
+def test_from_a_sharded_trainer_whole_weights_land_on_the_generators_device():
+    mesh = jax.make_mesh((8,), ("data",), axis_types=(AxisType.Auto,))
+    params = make_params()
+    expected = host(unstack(params, MODEL))  # before the donation below, which takes device 0's share of `params` along
+    last_axis = lambda leaf: PartitionSpec(*[None] * (leaf.ndim - 1), "data" if leaf.shape[-1] % 8 == 0 else None)
+    sharded = jax.tree.map(lambda leaf: jax.device_put(leaf, NamedSharding(mesh, last_axis(leaf))), params)
+    assert any(not leaf.is_fully_replicated for leaf in jax.tree.leaves(sharded))
+    published = make_publish(MODEL, jnp.dtype("float32"), mesh)(sharded)
+    assert {leaf.devices().pop() for leaf in jax.tree.leaves(published)} == {mesh.devices.flat[0]}
+    assert all(len(leaf.devices()) == 1 for leaf in jax.tree.leaves(published))
+    jax.jit(lambda tree: jax.tree.map(lambda leaf: leaf + 1, tree), donate_argnums=0)(sharded)
+    jax.tree.map(np.testing.assert_array_equal, published, expected)
 
 
 def test_receipt_is_equal_on_both_sides_and_differs_after_an_update():
