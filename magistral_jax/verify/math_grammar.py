@@ -13,6 +13,7 @@ A subclass brings the tokens, the primaries and what an exponent is. Parsing bui
 time linear in the tokens, and ends in `ParseError` for whatever is not in the grammar.
 """
 
+import abc
 from fractions import Fraction
 
 from magistral_jax.verify.math_tokens import END, Cursor, ParseError, Token
@@ -22,7 +23,7 @@ _CLOSING = {"(": ")", "[": "]", "{": "}", r"\{": r"\}"}
 _MINUS_ONE = Call("neg", (integer(1),))
 
 
-class Grammar(Cursor):
+class Grammar(Cursor, abc.ABC):
     """A recursive-descent parser over tokens that a subclass has made."""
 
     def __init__(self, tokens: list[Token]) -> None:
@@ -166,13 +167,13 @@ class Grammar(Cursor):
         with self.nested():
             return self.primary_from(self.next())
 
+    @abc.abstractmethod
     def primary_from(self, token: Token) -> Tree:
         """The primary that starts with this token, which has been taken."""
-        raise NotImplementedError
 
+    @abc.abstractmethod
     def exponent(self) -> Tree:
         """What follows `^`."""
-        raise NotImplementedError
 
     def subscript(self) -> Tree:
         """What follows `_`."""
