@@ -53,7 +53,7 @@ class Args(tunix_peer.Sizes):
     repeats: int = 5
     """Timed runs of each side, taken in turn; the fastest counts."""
     page_size: int = 16
-    decode_block: int = 8
+    decode_block: int = 4
     prefill_rows: int = 8
 
 

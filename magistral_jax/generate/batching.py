@@ -21,6 +21,7 @@ from magistral_jax.policy.config import ModelConfig
 from magistral_jax.records import MagistralError, Rollout, SamplingParams
 
 _SMALLEST_PREFILL = 16  # tokens of the smallest prefill shape; larger ones double
+_SMALLEST_ROWS = 8  # slots of the smallest decode shape
 
 
 @dataclasses.dataclass(frozen=True)
@@ -67,6 +68,7 @@ class ContinuousBatcher:
                 f"`generation.num_pages` is {num_pages}, but one sequence of {longest} tokens may need "
                 f"{self._table_width + 1} pages of {config.page_size} tokens."
             )
+        self._row_counts = _halvings(config.num_slots, smallest=_SMALLEST_ROWS)
         self._allocator = PageAllocator(num_pages)
         self._state = engine.init_state(
             model,
@@ -156,10 +158,23 @@ class ContinuousBatcher:
             self._admit()
         if self.num_running == 0:
             return []
+        rows = self._choose_rows()
         self._state, block = engine.decode_block(
-            params, self._model, self._state, self._stop_ids, self._key, num_steps=self._config.decode_block
+            params,
+            self._model,
+            self._state,
+            rows,
+            self._stop_ids,
+            self._key,
+            num_steps=self._config.decode_block,
         )
-        return self._collect(np.asarray(block.tokens), np.asarray(block.logprob), np.asarray(block.is_sampled))
+        return self._collect(rows, np.asarray(block.tokens), np.asarray(block.logprob), np.asarray(block.is_sampled))
+
+    def _choose_rows(self) -> Int32[np.ndarray, " R"]:
+        """Slots of the next block, the busy ones first; of few different numbers, since each is compiled."""
+        num_rows = next(count for count in self._row_counts if count >= self.num_running)
+        is_idle = np.array([sequence is None for sequence in self._slots])
+        return np.argsort(is_idle, kind="stable")[:num_rows].astype(np.int32)
 
     def _swap_weights(self) -> None:
         if self._incoming is None:
@@ -280,14 +295,17 @@ class ContinuousBatcher:
         for key in [key for key in self._prefixes if key != wanted]:
             self._allocator.release(self._prefixes.pop(key).pages)
 
-    def _collect(self, tokens: np.ndarray, logprob: np.ndarray, is_sampled: np.ndarray) -> list[Rollout]:
+    def _collect(
+        self, rows: np.ndarray, tokens: np.ndarray, logprob: np.ndarray, is_sampled: np.ndarray
+    ) -> list[Rollout]:
         finished = []
-        for slot, sequence in enumerate(self._slots):
+        for column, slot in enumerate(rows.tolist()):
+            sequence = self._slots[slot]
             if sequence is None:
                 continue
-            count = int(is_sampled[:, slot].sum())
-            sequence.tokens += tokens[:count, slot].tolist()
-            sequence.logprobs += logprob[:count, slot].tolist()
+            count = int(is_sampled[:, column].sum())
+            sequence.tokens += tokens[:count, column].tolist()
+            sequence.logprobs += logprob[:count, column].tolist()
             sequence.versions += [self.version] * count
             self.num_sampled += count
             has_stopped = sequence.tokens[-1] in self._stops
@@ -296,6 +314,14 @@ class ContinuousBatcher:
                 self._slots[slot] = None
                 self._allocator.release(sequence.pages)
         return finished
+
+
+def _halvings(largest: int, *, smallest: int) -> tuple[int, ...]:
+    """`largest`, its half, quarter, …, rounded up and not below `smallest`, in rising order."""
+    sizes = [largest]
+    while (half := -(-sizes[-1] // 2)) >= smallest and half < sizes[-1]:
+        sizes.append(half)
+    return tuple(reversed(sizes))
 
 
 def _next_power_of_two(count: int) -> int:

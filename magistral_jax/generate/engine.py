@@ -7,6 +7,7 @@ nothing is sampled anywhere else. Shapes are fixed at start: weights, requests a
 weight swap is a new first argument and never a recompile.
 """
 
+import dataclasses
 from functools import partial
 from typing import Any
 
@@ -46,11 +47,11 @@ class EngineState:
 
 @pytree_dataclass
 class Block:
-    """What one decode block sampled; `is_sampled` is False after a slot has ended."""
+    """What one decode block sampled in its rows; `is_sampled` is False after a slot has ended."""
 
-    tokens: Int[Array, "N S"]
-    logprob: Float[Array, "N S"]
-    is_sampled: Bool[Array, "N S"]
+    tokens: Int[Array, "N R"]
+    logprob: Float[Array, "N R"]
+    is_sampled: Bool[Array, "N R"]
 
 
 def init_state(
@@ -113,8 +114,7 @@ def admit(
 @jax.jit
 def deactivate(slots: Slots, is_stopped: Bool[Array, " S"]) -> Slots:
     """Stop slots from outside (cancelled or preempted)."""
-    fields = {name: getattr(slots, name) for name in Slots.__dataclass_fields__}
-    return Slots(**fields | {"is_active": slots.is_active & ~is_stopped})
+    return dataclasses.replace(slots, is_active=slots.is_active & ~is_stopped)
 
 
 @partial(jax.jit, static_argnames=("config", "num_steps"), donate_argnames="state")
@@ -122,27 +122,42 @@ def decode_block(
     params: dict[str, Any],
     config: ModelConfig,
     state: EngineState,
+    rows: Int[Array, " R"],
     stop_ids: Int[Array, " N"],
     key: PRNGKeyArray,
     *,
     num_steps: int,
 ) -> tuple[EngineState, Block]:
-    """Sample up to `num_steps` tokens in every active slot; ends early when no slot is active."""
-    num_slots = state.slots.token.shape[0]
+    """Sample up to `num_steps` tokens in every active slot; ends early when no slot is active.
+
+    Args:
+      params: Weights of the whole block.
+      config: Shape of the model.
+      state: Page pool and slots; donated.
+      rows: The slots to decode, each once, the active ones among them. A block costs what its rows cost.
+      stop_ids: Tokens that end a completion.
+      key: Of the run.
+      num_steps: Steps of a block.
+
+    Returns:
+      The state after the block, and what was sampled, one column for each of `rows`.
+    """
+    slots = jax.tree.map(lambda leaf: leaf[rows], state.slots)
+    num_rows = rows.shape[0]
     empty = Block(
-        tokens=jnp.zeros((num_steps, num_slots), jnp.int32),
-        logprob=jnp.zeros((num_steps, num_slots)),
-        is_sampled=jnp.zeros((num_steps, num_slots), bool),
+        tokens=jnp.zeros((num_steps, num_rows), jnp.int32),
+        logprob=jnp.zeros((num_steps, num_rows)),
+        is_sampled=jnp.zeros((num_steps, num_rows), bool),
     )
+    Carry = tuple[Array, Slots, tuple[LayerPages, ...], Block]
 
-    def goes_on(carry: tuple[Array, EngineState, Block]) -> Array:
-        step, state, _ = carry
-        return (step < num_steps) & jnp.any(state.slots.is_active)
+    def goes_on(carry: Carry) -> Array:
+        step, slots, _, _ = carry
+        return (step < num_steps) & jnp.any(slots.is_active)
 
-    def advance(carry: tuple[Array, EngineState, Block]) -> tuple[Array, EngineState, Block]:
-        step, state, block = carry
-        layers, token, logprob = _sample_next(params, config, state, key)
-        slots = state.slots
+    def advance(carry: Carry) -> Carry:
+        step, slots, layers, block = carry
+        layers, token, logprob = _sample_next(params, config, slots, layers, key)
         position = slots.position + 1
         is_stop = jnp.any(token[:, None] == stop_ids[None, :], axis=-1)
         block = Block(
@@ -150,34 +165,29 @@ def decode_block(
             logprob=block.logprob.at[step].set(logprob),
             is_sampled=block.is_sampled.at[step].set(slots.is_active),
         )
-        slots = Slots(
-            page_table=slots.page_table,
+        slots = dataclasses.replace(
+            slots,
             token=jnp.where(slots.is_active, token, slots.token),
             position=jnp.where(slots.is_active, position, slots.position),
-            last_position=slots.last_position,
             is_active=slots.is_active & ~is_stop & (position < slots.last_position),
-            request_id=slots.request_id,
-            temperature=slots.temperature,
-            top_p=slots.top_p,
-            top_k=slots.top_k,
         )
-        return step + 1, EngineState(layers, slots), block
+        return step + 1, slots, layers, block
 
-    _, state, block = jax.lax.while_loop(goes_on, advance, (jnp.int32(0), state, empty))
-    return state, block
+    _, slots, layers, block = jax.lax.while_loop(goes_on, advance, (jnp.int32(0), slots, state.layers, empty))
+    slots = jax.tree.map(lambda every, new: every.at[rows].set(new), state.slots, slots)
+    return EngineState(layers, slots), block
 
 
 def _sample_next(
-    params: dict[str, Any], config: ModelConfig, state: EngineState, key: PRNGKeyArray
-) -> tuple[tuple[LayerPages, ...], Int[Array, " S"], Float[Array, " S"]]:
-    slots = state.slots
+    params: dict[str, Any], config: ModelConfig, slots: Slots, layers: tuple[LayerPages, ...], key: PRNGKeyArray
+) -> tuple[tuple[LayerPages, ...], Int[Array, " R"], Float[Array, " R"]]:
     hidden, cache = forward(
         params,
         config,
         slots.token[:, None],
         slots.position[:, None],
         slots.is_active[:, None].astype(jnp.int32),
-        PagedCache(state.layers, slots.page_table),
+        PagedCache(layers, slots.page_table),
         dtype=_dtype(params),
     )
     assert cache is not None

@@ -34,18 +34,21 @@ def sample(
     """
     is_greedy = temperature == 0
     scaled = logits / jnp.where(is_greedy, 1.0, temperature)[:, None]
-    normalizer = jax.nn.logsumexp(scaled, axis=-1)
+    highest = scaled.max(axis=-1, keepdims=True)
+    mass = jnp.exp(scaled - highest)  # the one pass of exponentials: for the normalizer and for the draw
+    normalizer = highest[:, 0] + jnp.log(mass.sum(axis=-1))
     needs_truncation = jnp.any((top_p < 1) | (top_k > 0))
-    kept = jax.lax.cond(needs_truncation, _truncate, lambda x, p, k: x, scaled, top_p, top_k)
-    token = jnp.where(is_greedy, jnp.argmax(scaled, axis=-1).astype(jnp.int32), _inverse_cdf(kept, uniform))
+    kept = jax.lax.cond(needs_truncation, _truncate, lambda mass, *_: mass, mass, scaled, top_p, top_k)
+    drawn = _inverse_cdf(kept, uniform)
+    most_probable = lambda: jnp.argmax(scaled, axis=-1).astype(jnp.int32)
+    token = jnp.where(is_greedy, jax.lax.cond(jnp.any(is_greedy), most_probable, lambda: drawn), drawn)
     return token, jnp.take_along_axis(scaled, token[:, None], axis=-1)[:, 0] - normalizer
 
 
-def _inverse_cdf(scaled: Float[Array, "S V"], uniform: Float[Array, " S"]) -> Int[Array, " S"]:
+def _inverse_cdf(mass: Float[Array, "S V"], uniform: Float[Array, " S"]) -> Int[Array, " S"]:
     # Sums over blocks first, then inside the one block drawn: 30 times cheaper on CPU than Gumbel noise for every
     # entry, and each slot needs a single random number.
-    slots, vocab = scaled.shape
-    mass = jnp.exp(scaled - scaled.max(axis=-1, keepdims=True))
+    slots, vocab = mass.shape
     mass = jnp.pad(mass, ((0, 0), (0, -vocab % _BLOCK))).reshape(slots, -1, _BLOCK)
     block_mass = mass.sum(axis=-1)
     block_cdf = jnp.cumsum(block_mass, axis=-1)
@@ -66,7 +69,9 @@ def _first_above(cdf: Float[Array, "S N"], target: Float[Array, " S"], mass: Flo
     return jnp.where(jnp.any(is_above, axis=-1), jnp.argmax(is_above, axis=-1), last).astype(jnp.int32)
 
 
-def _truncate(scaled: Float[Array, "S V"], top_p: Float[Array, " S"], top_k: Int[Array, " S"]) -> Float[Array, "S V"]:
+def _truncate(
+    mass: Float[Array, "S V"], scaled: Float[Array, "S V"], top_p: Float[Array, " S"], top_k: Int[Array, " S"]
+) -> Float[Array, "S V"]:
     vocab = scaled.shape[-1]
     ordered = jnp.flip(jnp.sort(scaled, axis=-1), axis=-1)
     probability = jax.nn.softmax(ordered, axis=-1)
@@ -76,4 +81,4 @@ def _truncate(scaled: Float[Array, "S V"], top_p: Float[Array, " S"], top_k: Int
     limit = jnp.where(top_k > 0, top_k, vocab)[:, None]
     count = jnp.maximum(jnp.sum(in_nucleus & (jnp.arange(vocab)[None] < limit), axis=-1), 1)
     threshold = jnp.take_along_axis(ordered, count[:, None] - 1, axis=-1)
-    return jnp.where(scaled >= threshold, scaled, -jnp.inf)
+    return jnp.where(scaled >= threshold, mass, 0.0)

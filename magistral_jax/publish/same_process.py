@@ -27,7 +27,7 @@ def make_publish(model: ModelConfig, dtype: jnp.dtype, mesh: Mesh | None = None)
     """
 
     def convert(params: Any) -> dict[str, Any]:
-        # `copy=True`: jit forwards an output that is an input unchanged, and donation would pull it from under us.
+        # `copy=True`: jit may hand an unchanged input on as its output, and the trainer's donation would take it away.
         return jax.tree.map(lambda leaf: jnp.array(leaf, dtype=dtype, copy=True), unstack(params, model))
 
     if mesh is None:

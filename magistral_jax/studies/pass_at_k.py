@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 from jaxtyping import Float, Int
 
-from magistral_jax.records import Reward, Verdict
+from magistral_jax.records import MagistralError, Reward, Verdict
 
 
 @dataclasses.dataclass(frozen=True)
@@ -130,7 +130,7 @@ def summarize(samples_of_problems: Sequence[Sequence[Sample]], *, maj_k: int, se
       seed: Of the resampling behind the intervals.
 
     Raises:
-      ValueError: No sample was graded.
+      MagistralError: No sample was graded.
     """
     graded = [
         [sample for sample in samples if not sample.reward.verdict.is_infrastructure_failure]
@@ -138,7 +138,9 @@ def summarize(samples_of_problems: Sequence[Sequence[Sample]], *, maj_k: int, se
     ]
     graded = [samples for samples in graded if samples]
     if not graded:
-        raise ValueError("no sample was graded")
+        raise MagistralError(
+            f"The verifier failed on each of the {sum(map(len, samples_of_problems))} completions: there is nothing to sum up."
+        )
     correct = [[sample.reward.verdict is Verdict.CORRECT for sample in samples] for samples in graded]
     num_samples = np.array([len(row) for row in correct])
     num_correct = np.array([sum(row) for row in correct])

@@ -18,6 +18,8 @@ Rollouts = dict[int, Rollout]
 TOLERANCE = 5e-5
 # Another engine than the default one of conftest: fewer slots, longer blocks, and the smallest pool that is allowed.
 OTHER = {"num_slots": 3, "decode_block": 5, "num_pages": 7}
+# More slots than requests in the end: its blocks shrink to half their rows.
+WIDE = {"num_slots": 16}
 NO_STOP = (1000, 1001, 1002)  # no token has these ids: completions run to their limit
 
 
@@ -61,7 +63,7 @@ def assert_all_free(batcher: ContinuousBatcher):
 # ---- samples and their log-probs ----
 
 
-@pytest.mark.parametrize("engine", [{}, OTHER], ids=["default", "other"])
+@pytest.mark.parametrize("engine", [{}, OTHER, WIDE], ids=["default", "other", "wide"])
 @pytest.mark.parametrize("order", ["forward", "backward", "shuffled"])
 def test_a_sample_depends_only_on_seed_request_and_position(
     tiny: Any, alone: Rollouts, engine: dict[str, int], order: str

@@ -1,7 +1,6 @@
 """The device side: paged prefill and decode against one full forward, stop ids as data, and slots kept apart."""
 
 import dataclasses
-import functools
 from collections.abc import Sequence
 from typing import Any
 
@@ -83,7 +82,11 @@ def random_prompts() -> list[np.ndarray]:
     return [rng.integers(0, 70, length).astype(np.int32) for length in LENGTHS]
 
 
-decode = functools.partial(engine.decode_block, num_steps=NUM_NEW)
+def decode(params: Any, config: ModelConfig, state: engine.EngineState, stop_ids: Any, key: Any, rows: Any = None):
+    rows = np.arange(len(state.slots.token), dtype=np.int32) if rows is None else np.asarray(rows, np.int32)
+    return engine.decode_block(params, config, state, rows, stop_ids, key, num_steps=NUM_NEW)
+
+
 NO_STOP = jnp.asarray([-7], jnp.int32)  # no token has this id
 KEY = jax.random.key(0)
 
@@ -148,6 +151,20 @@ def test_inactive_slots_sample_nothing_write_nothing_and_keep_their_state(tiny: 
             assert (by_slot[active] != now_by_slot[active]).any()
     np.testing.assert_array_equal(np.asarray(after.slots.token)[1], before.slots.token[1])
     np.testing.assert_array_equal(np.asarray(after.slots.position)[1], before.slots.position[1])
+
+
+@pytest.mark.parametrize("rows", [[2, 0], [0, 2, 3], [3, 2, 1, 0]])
+def test_a_block_of_some_rows_does_what_a_block_of_all_does(tiny: Any, rows: list[int]):
+    prompts = random_prompts()
+    slots = lambda: make_slots(prompts, active=np.array([True, False, True, False]))
+    begin = lambda: start(tiny.params(0), tiny.model, prompts, slots())
+    whole, block = decode(tiny.params(0), tiny.model, begin(), NO_STOP, KEY)
+    state, columns = decode(tiny.params(0), tiny.model, begin(), NO_STOP, KEY, rows)
+    is_sampled = np.asarray(columns.is_sampled)
+    np.testing.assert_array_equal(is_sampled, np.asarray(block.is_sampled)[:, rows])
+    np.testing.assert_array_equal(np.asarray(columns.tokens)[is_sampled], np.asarray(block.tokens)[:, rows][is_sampled])
+    for mine, its in zip(jax.tree.leaves(state), jax.tree.leaves(whole), strict=True):
+        np.testing.assert_allclose(np.asarray(mine), np.asarray(its), atol=TOLERANCE)
 
 
 def test_stale_pages_beyond_a_sequence_are_not_read(tiny: Any):

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from magistral_jax.records import Reward, Verdict
+from magistral_jax.records import MagistralError, Reward, Verdict
 from magistral_jax.studies.pass_at_k import Sample, bootstrap_interval, maj_at_k, pass_at_k, summarize
 
 
@@ -130,5 +130,5 @@ def test_summary_of_two_problems():
 
 
 def test_summary_without_any_graded_sample_is_refused():
-    with pytest.raises(ValueError, match="no sample was graded"):
+    with pytest.raises(MagistralError, match="failed on each of the 1 completions"):
         summarize([[sample(Verdict.SANDBOX_ERROR, None)]], maj_k=8)
