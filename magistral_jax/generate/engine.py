@@ -117,6 +117,9 @@ def deactivate(slots: Slots, is_stopped: Bool[Array, " S"]) -> Slots:
     return dataclasses.replace(slots, is_active=slots.is_active & ~is_stopped)
 
 
+_Carry = tuple[Array, Slots, tuple[LayerPages, ...], Block]  # step, slots, pages, what was sampled
+
+
 @partial(jax.jit, static_argnames=("config", "num_steps"), donate_argnames="state")
 def decode_block(
     params: dict[str, Any],
@@ -149,13 +152,12 @@ def decode_block(
         logprob=jnp.zeros((num_steps, num_rows)),
         is_sampled=jnp.zeros((num_steps, num_rows), bool),
     )
-    Carry = tuple[Array, Slots, tuple[LayerPages, ...], Block]
 
-    def goes_on(carry: Carry) -> Array:
+    def goes_on(carry: _Carry) -> Array:
         step, slots, _, _ = carry
         return (step < num_steps) & jnp.any(slots.is_active)
 
-    def advance(carry: Carry) -> Carry:
+    def advance(carry: _Carry) -> _Carry:
         step, slots, layers, block = carry
         layers, token, logprob = _sample_next(params, config, slots, layers, key)
         position = slots.position + 1

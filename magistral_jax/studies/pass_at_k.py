@@ -139,7 +139,8 @@ def summarize(samples_of_problems: Sequence[Sequence[Sample]], *, maj_k: int, se
     graded = [samples for samples in graded if samples]
     if not graded:
         raise MagistralError(
-            f"The verifier failed on each of the {sum(map(len, samples_of_problems))} completions: there is nothing to sum up."
+            f"The verifier failed on each of the {sum(map(len, samples_of_problems))} completions: "
+            "there is nothing to sum up."
         )
     correct = [[sample.reward.verdict is Verdict.CORRECT for sample in samples] for samples in graded]
     num_samples = np.array([len(row) for row in correct])
