@@ -234,7 +234,8 @@ _INTERVALS = {
     "[0, 4294967295]": "run.seed",
     "[1, inf)": """mesh.data mesh.fsdp mesh.tensor
         policy.logprob_chunk generation.num_slots generation.page_size generation.max_prompt_tokens
-        generation.max_new_tokens generation.decode_block generation.prefill_rows verifiers.num_workers
+        generation.max_new_tokens generation.decode_block generation.prefill_rows generation.prefill_chunk
+        verifiers.num_workers
         verifiers.recycle_after verifiers.memory_mib batch.batch_size batch.rows_per_microbatch sft.batch_size
         schedule.num_async schedule.ready_batches schedule.max_staleness evaluation.num_samples""",
     "[2, inf)": "batch.group_size batch.row_tokens",

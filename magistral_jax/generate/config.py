@@ -13,7 +13,8 @@ class GenerationConfig:
     page_size: int = 16
     """Tokens of a KV page."""
     num_pages: int = 0
-    """Pages of the pool; 0 makes enough for every slot at full length."""
+    """Pages of the pool; 0 makes enough for every slot at full length. With fewer, the youngest sequence gives way when
+    none are free, and is read again later."""
     max_prompt_tokens: int = 256
     """Longest prompt in tokens; a longer one is an error that names it."""
     max_new_tokens: int = 256
@@ -21,7 +22,9 @@ class GenerationConfig:
     decode_block: int = 8
     """Decode steps per dispatch (K): weights are swapped and slots refilled between blocks."""
     prefill_rows: int = 8
-    """Prompts prefilled in one dispatch."""
+    """Prompts read in one dispatch, of which there is one between two decode blocks."""
+    prefill_chunk: int = 512
+    """Tokens of a prompt read in one dispatch; a longer prompt takes several, and decoding goes on between them."""
     temperature: float = 1.0
     """Sampling temperature of training rollouts (§5.2: 1.0)."""
     top_p: float = 1.0

@@ -26,7 +26,6 @@ from magistral_jax.pytrees import pytree_dataclass
 class Slots:
     """What each slot is doing. `token` at `position` is the next to be fed; both belong to `request_id`."""
 
-    page_table: Int[Array, "S W"]
     token: Int[Array, " S"]
     position: Int[Array, " S"]
     last_position: Int[Array, " S"]  # a token sampled for this position ends the completion as truncated
@@ -54,15 +53,12 @@ class Block:
     is_sampled: Bool[Array, "N R"]
 
 
-def init_state(
-    config: ModelConfig, *, num_slots: int, num_pages: int, page_size: int, table_width: int, dtype: jnp.dtype
-) -> EngineState:
+def init_state(config: ModelConfig, *, num_slots: int, num_pages: int, page_size: int, dtype: jnp.dtype) -> EngineState:
     """An empty engine: the only place where the page pool is allocated."""
     shape = (num_pages, config.num_kv_heads, page_size, config.head_dim)
     pages = lambda: LayerPages(keys=jnp.zeros(shape, dtype), values=jnp.zeros(shape, dtype))
-    integers = lambda *extra: jnp.zeros((num_slots, *extra), jnp.int32)
+    integers = lambda: jnp.zeros(num_slots, jnp.int32)
     slots = Slots(
-        page_table=integers(table_width),
         token=integers(),
         position=integers(),
         last_position=integers(),
@@ -81,13 +77,14 @@ def prefill(
     config: ModelConfig,
     state: EngineState,
     tokens: Int[Array, "B T"],
+    starts: Int[Array, " B"],
     lengths: Int[Array, " B"],
     page_table: Int[Array, "B W"],
 ) -> EngineState:
-    """Write keys and values of the first `lengths[b]` tokens of each row to the row's pages."""
-    rows, width = tokens.shape
-    positions = jnp.broadcast_to(jnp.arange(width, dtype=jnp.int32)[None], (rows, width))
-    segment_ids = (positions < lengths[:, None]).astype(jnp.int32)
+    """Write keys and values of `lengths[b]` tokens of each row to the row's pages, from position `starts[b]` on."""
+    offsets = jnp.arange(tokens.shape[1], dtype=jnp.int32)[None, :]
+    positions = starts[:, None] + offsets
+    segment_ids = (offsets < lengths[:, None]).astype(jnp.int32)
     cache = PagedCache(state.layers, page_table)
     _, cache = forward(params, config, tokens, positions, segment_ids, cache, dtype=_dtype(params))
     assert cache is not None
@@ -126,6 +123,7 @@ def decode_block(
     config: ModelConfig,
     state: EngineState,
     rows: Int[Array, " R"],
+    page_table: Int[Array, "R W"],
     stop_ids: Int[Array, " N"],
     key: PRNGKeyArray,
     *,
@@ -138,6 +136,7 @@ def decode_block(
       config: Shape of the model.
       state: Page pool and slots; donated.
       rows: The slots to decode, each once, the active ones among them. A block costs what its rows cost.
+      page_table: Pages of each row, in order, as far as the block will write.
       stop_ids: Tokens that end a completion.
       key: Of the run.
       num_steps: Steps of a block.
@@ -159,7 +158,7 @@ def decode_block(
 
     def advance(carry: _Carry) -> _Carry:
         step, slots, layers, block = carry
-        layers, token, logprob = _sample_next(params, config, slots, layers, key)
+        layers, token, logprob = _sample_next(params, config, slots, PagedCache(layers, page_table), key)
         position = slots.position + 1
         is_stop = jnp.any(token[:, None] == stop_ids[None, :], axis=-1)
         block = Block(
@@ -181,22 +180,22 @@ def decode_block(
 
 
 def _sample_next(
-    params: dict[str, Any], config: ModelConfig, slots: Slots, layers: tuple[LayerPages, ...], key: PRNGKeyArray
+    params: dict[str, Any], config: ModelConfig, slots: Slots, cache: PagedCache, key: PRNGKeyArray
 ) -> tuple[tuple[LayerPages, ...], Int[Array, " R"], Float[Array, " R"]]:
-    hidden, cache = forward(
+    hidden, cache_after = forward(
         params,
         config,
         slots.token[:, None],
         slots.position[:, None],
         slots.is_active[:, None].astype(jnp.int32),
-        PagedCache(layers, slots.page_table),
+        cache,
         dtype=_dtype(params),
     )
-    assert cache is not None
+    assert cache_after is not None
     # The sample for position p + 1 is keyed by that position, whatever block or slot it is drawn in.
     uniform = request_uniform(key, slots.request_id, slots.position + 1)
     token, logprob = sample(logits(params, config, hidden[:, 0]), uniform, slots.temperature, slots.top_p, slots.top_k)
-    return cache.layers, token, logprob
+    return cache_after.layers, token, logprob
 
 
 def _dtype(params: dict[str, Any]) -> jnp.dtype:

@@ -171,7 +171,7 @@ def test_a_group_shares_its_prompt(tiny: Any, length: int, num_full: int):
     batcher.step()
     assert batcher.num_prefilled == length - 1  # all but the token that the first decode step feeds
     owners = [batcher.allocator.num_owners(page) for page in range(batcher.allocator.num_pages)]
-    pages_each = -(-(length + 12) // 4)
+    pages_each = -(-(length - 1 + 3) // 4)  # as far as the first block of 3 has written
     assert (
         collections.Counter(owners)
         == collections.Counter(
@@ -221,6 +221,66 @@ def test_prompts_that_come_again_later_do_not_fill_the_pool(tiny: Any):
     requests = [tiny.request(10 * turn + i, 12, prompt_seed=i) for turn in range(2) for i in range(3)]
     batcher = tiny.batcher(**OTHER)
     assert len(tiny.finish(batcher, requests)) == 6
+    assert_all_free(batcher)
+
+
+def test_the_youngest_give_way_when_pages_run_out_and_lose_nothing(tiny: Any):
+    requests = [tiny.request(i, length) for i, length in enumerate([9, 4, 12, 7, 1, 8])]
+    roomy = tiny.batcher(stop_ids=NO_STOP)
+    expected = tiny.finish(roomy, requests)
+    assert roomy.num_preempted == 0
+    tight = tiny.batcher(stop_ids=NO_STOP, num_pages=10)
+    ended = []
+    for request in requests:
+        tight.submit(request)
+    while len(ended) < len(requests):
+        ended += tight.step()
+    assert tight.num_preempted > 0
+    assert tight.num_prefilled > roomy.num_prefilled  # what they had sampled was read again
+    assert_same({r.request_id: r for r in ended}, expected)
+    assert ended[0].request_id == 0  # the oldest never gave way
+    assert_all_free(tight)
+
+
+def test_a_long_prompt_is_read_in_chunks_while_others_sample(tiny: Any):
+    requests = [tiny.request(0, 2), tiny.request(1, 12)]
+    expected = tiny.finish(tiny.batcher(stop_ids=NO_STOP), requests)
+    batcher = tiny.batcher(stop_ids=NO_STOP, prefill_chunk=4)
+    batcher.submit(requests[0])
+    batcher.step()
+    batcher.submit(requests[1])
+    progress, ended = [], {}
+    for _ in range(3):
+        ended |= {rollout.request_id: rollout for rollout in batcher.step()}
+        progress.append((batcher.num_prefilled, batcher.num_sampled))
+    # 1 token of the first prompt, then 4 + 4 + 3 of the second, and blocks of 3 all the time, the last for both.
+    assert progress == [(5, 6), (9, 9), (12, 15)]
+    assert_same(ended | tiny.finish(batcher), expected)
+    assert_all_free(batcher)
+
+
+def test_new_weights_read_a_half_read_prompt_from_its_start(tiny: Any):
+    batcher = tiny.batcher(stop_ids=NO_STOP, prefill_chunk=4)
+    batcher.submit(tiny.request(1, 12))
+    batcher.step()
+    assert (batcher.num_prefilled, batcher.num_sampled) == (4, 0)
+    batcher.set_weights(tiny.params(1), 3)
+    (rollout,) = tiny.finish(batcher).values()
+    assert num_before(rollout) == 0
+    (scored,) = tiny.trainer_logprob(tiny.params(1), [rollout])
+    np.testing.assert_allclose(rollout.behavior_logprob, scored, atol=TOLERANCE)
+
+
+def test_single_requests_can_be_cancelled_wherever_they_are(tiny: Any):
+    requests = [tiny.request(i, 3 + i) for i in range(7)]
+    expected = tiny.finish(tiny.batcher(stop_ids=NO_STOP), requests)
+    batcher = tiny.batcher(stop_ids=NO_STOP, prefill_chunk=4)
+    for request in requests:
+        batcher.submit(request)
+    batcher.step()
+    # One samples, one is being read, one waits, one has never been here.
+    assert sorted(batcher.cancel([0, 3, 6, 99])) == [0, 3, 6]
+    assert_same(tiny.finish(batcher), {i: expected[i] for i in (1, 2, 4, 5)})
     assert_all_free(batcher)
 
 

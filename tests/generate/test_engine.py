@@ -32,6 +32,11 @@ VARIANTS = {
 }
 
 
+def own_pages(rows: Any) -> Any:
+    """Slot i has pages i·W … i·W + W − 1."""
+    return jnp.asarray(np.asarray(rows)[:, None] * WIDTH + np.arange(WIDTH), jnp.int32)
+
+
 def make_slots(
     prompts: Sequence[np.ndarray],
     stop_at: int = NUM_NEW,
@@ -39,12 +44,11 @@ def make_slots(
     request_ids: tuple[int, ...] = (5, 6, 7, 8),
     top_k: int = 0,
 ) -> engine.Slots:
-    """Slots whose pages are their own: slot i has pages i·W … i·W + W − 1."""
+    """One slot a prompt."""
     count = len(prompts)
     lengths = np.array([len(prompt) for prompt in prompts], np.int32)
     full = lambda value, dtype: jnp.full(count, value, dtype)
     return engine.Slots(
-        page_table=jnp.arange(count * WIDTH, dtype=jnp.int32).reshape(count, WIDTH),
         token=jnp.asarray([prompt[-1] for prompt in prompts], jnp.int32),
         position=jnp.asarray(lengths - 1),
         last_position=jnp.asarray(lengths - 1 + stop_at),
@@ -65,14 +69,14 @@ def start(
         num_slots=len(prompts),
         num_pages=len(prompts) * WIDTH,
         page_size=PAGE,
-        table_width=WIDTH,
         dtype=jnp.dtype("float32"),
     )
     tokens = np.zeros((len(prompts), 16), np.int32)
     for row, prompt in enumerate(prompts):
         tokens[row, : len(prompt) - 1] = prompt[:-1]
     lengths = jnp.asarray([len(prompt) - 1 for prompt in prompts], jnp.int32)
-    state = engine.prefill(params, config, state, jnp.asarray(tokens), lengths, slots.page_table)
+    starts, table = jnp.zeros_like(lengths), own_pages(range(len(prompts)))
+    state = engine.prefill(params, config, state, jnp.asarray(tokens), starts, lengths, table)
     nowhere = jnp.full(len(prompts), len(prompts) * WIDTH, jnp.int32)
     return engine.admit(state, slots, slots.is_active, jnp.zeros_like(nowhere), nowhere)
 
@@ -84,7 +88,7 @@ def random_prompts() -> list[np.ndarray]:
 
 def decode(params: Any, config: ModelConfig, state: engine.EngineState, stop_ids: Any, key: Any, rows: Any = None):
     rows = np.arange(len(state.slots.token), dtype=np.int32) if rows is None else np.asarray(rows, np.int32)
-    return engine.decode_block(params, config, state, rows, stop_ids, key, num_steps=NUM_NEW)
+    return engine.decode_block(params, config, state, rows, own_pages(rows), stop_ids, key, num_steps=NUM_NEW)
 
 
 NO_STOP = jnp.asarray([-7], jnp.int32)  # no token has this id
@@ -195,9 +199,7 @@ def test_the_limit_ends_a_slot_and_no_active_slot_ends_the_block(tiny: Any):
 
 
 def test_admission_copies_the_partial_page_and_touches_old_slots_not_at_all(tiny: Any):
-    state = engine.init_state(
-        tiny.model, num_slots=4, num_pages=20, page_size=PAGE, table_width=WIDTH, dtype=jnp.dtype("float32")
-    )
+    state = engine.init_state(tiny.model, num_slots=4, num_pages=20, page_size=PAGE, dtype=jnp.dtype("float32"))
     rng = np.random.default_rng(0)
     random = jax.tree.map(lambda pages: jnp.asarray(rng.normal(size=pages.shape), jnp.float32), state.layers)
     prompts = random_prompts()
