@@ -2,6 +2,9 @@
 
 import os
 import pathlib
+import shutil
+
+import pytest
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -14,3 +17,12 @@ jax.config.update("jax_numpy_rank_promotion", "raise")
 jax.config.update("jax_compilation_cache_dir", str(pathlib.Path(__file__).parents[1] / ".jax_cache"))
 jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
 jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
+
+SYSTEM_PROGRAMS = {"bwrap": "bubblewrap", "g++": "g++"}
+
+
+def pytest_sessionstart(session: pytest.Session):
+    """Look first for what the tests need from the system, rather than fail in a hundred places."""
+    missing = [package for program, package in SYSTEM_PROGRAMS.items() if shutil.which(program) is None]
+    if missing:
+        pytest.exit(f"the tests need {' and '.join(missing)}: apt install {' '.join(missing)}", returncode=2)
