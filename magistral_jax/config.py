@@ -26,8 +26,9 @@ from magistral_jax.generate.config import GenerationConfig
 from magistral_jax.policy.config import MeshConfig, PolicyConfig
 from magistral_jax.records import MagistralError
 from magistral_jax.schedule.config import ScheduleConfig
+from magistral_jax.serve.config import ServeConfig
 from magistral_jax.train.config import BatchConfig, LossConfig, OptimizerConfig, SftConfig
-from magistral_jax.verify.config import PoolConfig, RewardConfig
+from magistral_jax.verify.config import CodeConfig, PoolConfig, RewardConfig, SandboxConfig
 
 
 @dataclasses.dataclass(frozen=True)
@@ -56,6 +57,8 @@ class Config:
     data: DataConfig = dataclasses.field(default_factory=DataConfig)
     generation: GenerationConfig = dataclasses.field(default_factory=GenerationConfig)
     reward: RewardConfig = dataclasses.field(default_factory=RewardConfig)
+    code: CodeConfig = dataclasses.field(default_factory=CodeConfig)
+    sandbox: SandboxConfig = dataclasses.field(default_factory=SandboxConfig)
     verifiers: PoolConfig = dataclasses.field(default_factory=PoolConfig)
     batch: BatchConfig = dataclasses.field(default_factory=BatchConfig)
     loss: LossConfig = dataclasses.field(default_factory=LossConfig)
@@ -63,6 +66,7 @@ class Config:
     sft: SftConfig = dataclasses.field(default_factory=SftConfig)
     schedule: ScheduleConfig = dataclasses.field(default_factory=ScheduleConfig)
     evaluation: EvaluationConfig = dataclasses.field(default_factory=EvaluationConfig)
+    serve: ServeConfig = dataclasses.field(default_factory=ServeConfig)
 
 
 # --- reading -----------------------------------------------------------------------------------------------------
@@ -232,19 +236,24 @@ def _describe(kind: Any) -> str:
 
 _INTERVALS = {
     "[0, 4294967295]": "run.seed",
+    "[0, 65535]": "serve.port",
     "[1, inf)": """mesh.data mesh.fsdp mesh.tensor
         policy.logprob_chunk generation.num_slots generation.page_size generation.max_prompt_tokens
         generation.max_new_tokens generation.decode_block generation.prefill_rows generation.prefill_chunk
-        verifiers.num_workers
-        verifiers.recycle_after verifiers.memory_mib batch.batch_size batch.rows_per_microbatch sft.batch_size
-        schedule.num_async schedule.ready_batches schedule.max_staleness evaluation.num_samples""",
+        generation.num_generators
+        verifiers.num_workers verifiers.max_pending verifiers.recycle_after verifiers.recycle_mib verifiers.memory_mib
+        code.memory_mib batch.batch_size batch.rows_per_microbatch sft.batch_size schedule.num_steps schedule.num_async
+        schedule.ready_batches schedule.max_staleness evaluation.num_samples
+        serve.max_choices serve.max_body_mib""",
     "[2, inf)": "batch.group_size batch.row_tokens",
     "[0, inf)": """data.num_train data.num_evaluation generation.num_pages generation.temperature generation.top_k
+        generation.max_restarts
         reward.format reward.correctness reward.length_penalty reward.max_length reward.length_cache reward.language
-        batch.minibatch_size loss.eps_high loss.kl_coef loss.entropy_coef optimizer.learning_rate
-        optimizer.warmup_updates optimizer.weight_decay optimizer.clip_norm sft.num_updates schedule.num_steps
-        schedule.checkpoint_every sft.checkpoint_every evaluation.temperature""",
-    "(0, inf)": "verifiers.deadline verifiers.start_deadline optimizer.eps schedule.role_deadline",
+        code.num_tests batch.minibatch_size loss.eps_high loss.kl_coef loss.entropy_coef optimizer.learning_rate
+        optimizer.warmup_updates optimizer.weight_decay optimizer.clip_norm sft.num_updates
+        schedule.checkpoint_every sft.checkpoint_every evaluation.temperature serve.max_pending serve.drain_seconds""",
+    "(0, inf)": """verifiers.deadline verifiers.start_deadline code.compile_seconds code.cpu_seconds code.wall_seconds
+        optimizer.eps schedule.role_deadline""",
     "(0, 1]": "generation.top_p evaluation.top_p",
     "[0, 1)": "loss.eps_low optimizer.b1 optimizer.b2",
     "[0, 1]": "sft.thorough_share sft.lucky_share",
@@ -298,6 +307,12 @@ def check(config: Config) -> list[str]:
         f"at least {math.ceil(longest / generation.page_size) + 1} pages of `generation.page_size` "
         f"({generation.page_size}), or 0": (
             generation.num_pages == 0 or generation.num_pages > math.ceil(longest / generation.page_size)
+        ),
+        f"`generation.num_generators` ({generation.num_generators}) must be 1 where `generation.where` is `thread`": (
+            generation.num_generators == 1 or generation.where == "process"
+        ),
+        f"`generation.devices` ({generation.devices}) must be empty where `generation.where` is `thread`": (
+            not generation.devices or generation.where == "process"
         ),
         f"`batch.rows_per_microbatch` ({batch.rows_per_microbatch}) must be a multiple of `mesh.data` × `mesh.fsdp` "
         f"({config.mesh.data * config.mesh.fsdp}), which share the rows of a microbatch": (

@@ -47,6 +47,8 @@ def evaluate(
             num_tokens=len(rollout.completion_ids),
             max_length=max_new_tokens,
             truncated=rollout.truncated,
+            group=index // config.num_samples,
+            group_size=config.num_samples,
         )
         for index, (rollout, text) in enumerate(zip(rollouts, texts, strict=True))
     ]

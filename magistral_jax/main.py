@@ -4,9 +4,10 @@ import errno
 import importlib
 import sys
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import magistral_jax
-from magistral_jax.config import Config, load
+from magistral_jax.config import load
 from magistral_jax.records import MagistralError
 
 _COMMANDS = {
@@ -14,9 +15,15 @@ _COMMANDS = {
     "sft": "supervised fine-tuning on traces (cold start)",
     "evaluate": "pass@1, pass@k and maj@k of a model folder on held-out problems",
     "generate": "sample completions of the evaluation problems and print them",
+    "serve": "answer OpenAI's clients over HTTP from a model folder",
     "smollm2": "convert the packaged SmolLM2-135M-Instruct to a model folder",
     "export": "write the policy of a run as a Hugging Face folder",
 }
+_TOOLS = {
+    "verify": "grade a JSONL file of completions, or explain the verdict on one row",
+    "sandbox": "check the sandbox, or run one program in it",
+}
+"""Commands with words of their own in the place of a configuration."""
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -29,10 +36,14 @@ def main(argv: Sequence[str] | None = None) -> None:
         sys.stdout.write(f"magistral-jax {magistral_jax.__version__}\n")
         return
     try:
-        if words[0] not in _COMMANDS:
-            raise MagistralError(f"unknown command `{words[0]}`; expected one of {', '.join(_COMMANDS)}")
-        config = load(words[1:], prog=f"magistral-jax {words[0]}")
-        _command(words[0])(config)
+        if words[0] in _TOOLS:
+            _command(words[0])(words[1:])
+        elif words[0] in _COMMANDS:
+            config = load(words[1:], prog=f"magistral-jax {words[0]}")
+            _command(words[0])(config)
+        else:
+            known = ", ".join([*_COMMANDS, *_TOOLS])
+            raise MagistralError(f"unknown command `{words[0]}`; expected one of {known}")
     except MagistralError as error:
         sys.stderr.write(f"error: {error}\n")
         sys.exit(2)
@@ -49,19 +60,25 @@ def main(argv: Sequence[str] | None = None) -> None:
         sys.exit(130)
 
 
-def _command(name: str) -> Callable[[Config], None]:
+def _command(name: str) -> Callable[[Any], None]:
     # Imported only now: jax alone takes longer than `--help` may.
     return getattr(importlib.import_module(f"magistral_jax.commands.{name}"), name)
 
 
 def _usage() -> str:
     width = max(map(len, _COMMANDS))
-    lines = [f"  {name.ljust(width)}  {purpose}" for name, purpose in _COMMANDS.items()]
+    lines, tools = (
+        [f"  {name.ljust(width)}  {purpose}" for name, purpose in commands.items()] for commands in (_COMMANDS, _TOOLS)
+    )
     return "\n".join(
         [
             "usage: magistral-jax COMMAND [CONFIG.toml] [--section.key=value ...]",
             "",
             *lines,
+            "",
+            "usage: magistral-jax TOOL --help",
+            "",
+            *tools,
             "",
             "`magistral-jax COMMAND --help` lists every setting.",
             "",

@@ -121,6 +121,7 @@ class RolloutWriter:
                 "reward_correctness": reward.correctness,
                 "reward_length": reward.length,
                 "reward_language": reward.language,
+                "sandbox": reward.sandbox,
                 "advantage": float(advantage),
                 "version_min": min(versions, default=None),
                 "version_max": max(versions, default=None),

@@ -86,6 +86,10 @@ class Verdict(enum.Enum):
     TOO_LARGE = "too_large"
     TIMEOUT = "timeout"
     BAD_FORMAT = "bad_format"
+    COMPILE_ERROR = "compile_error"
+    RUNTIME_ERROR = "runtime_error"
+    MEMORY_LIMIT = "memory_limit"
+    OUTPUT_LIMIT = "output_limit"
     # The machinery failed, not the completion: retried, counted, never trained on.
     SANDBOX_ERROR = "sandbox_error"
 
@@ -107,6 +111,7 @@ class Reward:
     path: str  # which rule decided the verdict, e.g. "string", "rational", "sympy"
     seconds: float  # time in the worker
     language_note: str = ""  # "consistent", "inconsistent" or "too_short"; "" where it was not looked at
+    sandbox: str = ""  # what confined the verifier, e.g. "bubblewrap"; "unsafe" where nothing but resources was limited
 
     @property
     def total(self) -> float:
@@ -128,3 +133,4 @@ class WeightVersion:
 
     version: int
     fingerprint: int
+    generator: int = 0  # which of several holds it

@@ -146,6 +146,8 @@ def test_every_number_has_an_interval_and_every_interval_a_number():
             {"row_tokens": 511},
             ["max_prompt_tokens", "max_new_tokens", "batch.row_tokens"],
         ),
+        ("generation", {"num_generators": 2}, ["generation.num_generators", "generation.where", "thread"]),
+        ("generation", {"devices": "0"}, ["generation.devices", "generation.where", "thread"]),
         ("generation", {"num_pages": 32}, ["generation.num_pages", "generation.page_size", "33"]),
         ("reward", {"length_cache": 257}, ["reward.length_cache", "generation.max_new_tokens"]),
         ("reward", {"length_cache": 101, "max_length": 100}, ["reward.length_cache", "reward.max_length"]),

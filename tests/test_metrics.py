@@ -139,7 +139,14 @@ def make_graded(versions: list[int]) -> Graded:
         truncated=False,
     )
     reward = Reward(
-        verdict=Verdict.CORRECT, format=0.1, correctness=0.9, length=-0.05, language=0.1, path="string", seconds=0.0
+        verdict=Verdict.CORRECT,
+        format=0.1,
+        correctness=0.9,
+        length=-0.05,
+        language=0.1,
+        path="string",
+        seconds=0.0,
+        sandbox="unsafe",
     )
     return Graded(rollout, reward)
 
@@ -166,6 +173,7 @@ def test_a_rollout_line_is_complete_and_readable(tmp_path: pathlib.Path):
         "reward_correctness": 0.9,
         "reward_length": -0.05,
         "reward_language": 0.1,
+        "sandbox": "unsafe",
         "advantage": 1.5,
         "version_min": 3,
         "version_max": 4,

@@ -15,6 +15,7 @@ from magistral_jax.commands.setup import (
     load_model,
     load_prompts,
     make_batcher,
+    make_verifiers,
     say,
     say_warnings,
     think_tags,
@@ -24,7 +25,6 @@ from magistral_jax.generate.batching import ContinuousBatcher
 from magistral_jax.publish.same_process import make_publish
 from magistral_jax.records import Prompt
 from magistral_jax.studies.pass_at_k import EvaluationSummary
-from magistral_jax.verify.pool import VerifierPool
 
 
 def evaluate(config: Config) -> None:
@@ -42,7 +42,7 @@ def score_policy(
     config: Config, model: Model, batcher: ContinuousBatcher, prompts: list[Prompt], *, title: str
 ) -> EvaluationSummary:
     """Scores of the weights that the engine holds, with a progress bar and one line of result."""
-    with progress_bar(title) as report, VerifierPool(config.reward, config.verifiers) as verifiers:
+    with progress_bar(title) as report, make_verifiers(config) as verifiers:
         summary, _ = evaluation.evaluate(
             prompts,
             batcher,

@@ -4,7 +4,7 @@ import dataclasses
 import functools
 import pathlib
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -17,11 +17,17 @@ from magistral_jax.data.loader import PromptLoader, make_prompts
 from magistral_jax.data.sources import load_problems
 from magistral_jax.data.tokenizer import Tokenizer, load_tokenizer
 from magistral_jax.generate.batching import ContinuousBatcher
+from magistral_jax.generate.fleet import make_fleet
+from magistral_jax.generate.handle import Generator, Reports
+from magistral_jax.generate.messages import EngineSettings
+from magistral_jax.generate.service import GeneratorThread
 from magistral_jax.policy.config import ModelConfig
 from magistral_jax.policy.hf_config import read_json, read_model_config
 from magistral_jax.policy.hf_folder import load_params, save_folder
 from magistral_jax.policy.transformer import init_params
-from magistral_jax.records import MagistralError, Problem, Prompt
+from magistral_jax.records import MagistralError, Problem, Prompt, Reward
+from magistral_jax.verify.code_tests import select_tests
+from magistral_jax.verify.pool import VerifierPool
 
 
 def say(sentence: str) -> None:
@@ -64,7 +70,14 @@ def load_model(config: Config) -> Model:
 
 
 def load_prompts(config: Config, tokenizer: Tokenizer, problems: Sequence[Problem]) -> list[Prompt]:
-    """Problems as the policy sees them; says how many were left out for their length."""
+    """Problems as the policy sees them; says how many were left out for their length.
+
+    Raises:
+      MagistralError: A prompt is too long and must not be dropped, or the tests of a code problem cannot be read.
+    """
+    for problem in problems:
+        if problem.kind == "code" and not config.reward.function:
+            select_tests(problem, config.code, seed=0)
     build = functools.partial(
         build_prompt,
         tokenizer=tokenizer,
@@ -112,6 +125,22 @@ def save_policy(target: pathlib.Path, model: Model, params: Any, source: str) ->
 def make_batcher(config: Config, model: Model) -> ContinuousBatcher:
     """The engine, its page pool allocated."""
     return ContinuousBatcher(model.config, config.generation, tuple(model.tokenizer.stop_ids), config.run.seed)
+
+
+def make_generator(
+    config: Config, model: Model, batcher: ContinuousBatcher, folder: pathlib.Path, reports: Reports
+) -> Generator:
+    """What samples the training rollouts: `batcher` in a thread, or processes with engines of their own."""
+    generation, stop_ids = config.generation, tuple(model.tokenizer.stop_ids)
+    if generation.where == "thread":
+        return GeneratorThread(batcher, reports)
+    settings = EngineSettings(model.config, generation, stop_ids, config.run.seed, config.policy.dtype)
+    return make_fleet(settings, reports, folder=folder, deadline=config.schedule.role_deadline)
+
+
+def make_verifiers(config: Config, on_result: Callable[[int, Reward], None] | None = None) -> VerifierPool:
+    """The verifier pool, its sandbox tested."""
+    return VerifierPool(config.reward, config.verifiers, on_result, code=config.code, sandbox=config.sandbox)
 
 
 def open_run(config: Config) -> pathlib.Path:
@@ -164,12 +193,16 @@ def _check_same(saved: Config, given: Config, path: pathlib.Path) -> None:
         raise MagistralError(f"{path}: the run was started with other settings of {', '.join(changed)}.")
 
 
-# A resume may ask for a longer run, and say less or more about it.
+# A resume may ask for a longer run, say less or more about it, and have its generators elsewhere.
 _FREE_ON_RESUME = {
     "run.resume",
     "run.folder",
     "run.tensorboard",
     "run.wandb",
+    "generation.where",
+    "generation.num_generators",
+    "generation.devices",
+    "generation.max_restarts",
     "schedule.num_steps",
     "schedule.checkpoint_every",
 }

@@ -26,7 +26,7 @@ from magistral_jax.data.sources import load_problems
 from magistral_jax.data.tokenizer import encode_completion
 from magistral_jax.data.traces import chain_sum_traces, read_traces
 from magistral_jax.metrics import MetricsWriter
-from magistral_jax.records import MagistralError
+from magistral_jax.records import MagistralError, Prompt
 from magistral_jax.train.collate import TrainingSequence, collate
 from magistral_jax.train.optimizer import make_optimizer
 from magistral_jax.train.step import init_state, make_train_step, sft_objective
@@ -89,11 +89,13 @@ def make_batches(config: Config, model: Model, folder: pathlib.Path) -> Callable
     problems, completions = load_problems_or_traces(config)
     prompts = load_prompts(config, model.tokenizer, problems)
     loader = PromptLoader(prompts, config.run.seed)
-    start_run(folder, config, loader)
     size = config.sft.batch_size
 
     def batch_at(update: int) -> list[TrainingSequence]:
         drawn = [loader.prompt_at(cursor) for cursor in range(update * size, (update + 1) * size)]
+        return make_sequences(drawn, update)
+
+    def make_sequences(drawn: list[Prompt], update: int) -> list[TrainingSequence]:
         if completions is None:
             traces = chain_sum_traces(
                 [prompt.problem for prompt in drawn],
@@ -110,6 +112,13 @@ def make_batches(config: Config, model: Model, folder: pathlib.Path) -> Callable
             for prompt, text in zip(drawn, texts, strict=True)
         ]
 
+    for prompt, sequence in zip(prompts, make_sequences(prompts, update=0), strict=True):
+        if len(sequence) > config.batch.row_tokens:
+            raise MagistralError(
+                f"The trace of problem {prompt.problem.id} has {len(sequence)} tokens with its prompt; expected at "
+                f"most `batch.row_tokens` ({config.batch.row_tokens})."
+            )
+    start_run(folder, config, loader)
     return batch_at
 
 

@@ -22,6 +22,8 @@ from magistral_jax.commands.setup import (
     load_model,
     load_prompts,
     make_batcher,
+    make_generator,
+    make_verifiers,
     open_run,
     save_policy,
     say,
@@ -42,7 +44,6 @@ from magistral_jax.studies.report import write_report
 from magistral_jax.train.optimizer import make_optimizer
 from magistral_jax.train.step import grpo_objective, init_state, make_train_step
 from magistral_jax.train.update import update
-from magistral_jax.verify.pool import VerifierPool
 
 
 def train(config: Config) -> None:
@@ -93,6 +94,7 @@ def train(config: Config) -> None:
         rollouts = RolloutWriter(folder, resumed_step=resumed_step)
         stack.callback(metrics.close)
         stack.callback(rollouts.close)
+        seconds_before = seconds_of(folder) + time.monotonic() - began
         loop = AsyncLoop(
             rules,
             schedule,
@@ -102,8 +104,8 @@ def train(config: Config) -> None:
                 decode=functools.partial(completion_text, model),
                 extract_answer=functools.partial(extract_answer, tags=think_tags(config)),
                 sampling=training_sampling(config),
-                batcher=batcher,
-                make_verifiers=lambda on_result: VerifierPool(config.reward, config.verifiers, on_result),
+                make_generator=functools.partial(make_generator, config, model, batcher, folder),
+                make_verifiers=functools.partial(make_verifiers, config),
                 update=lambda state, groups, version: update(
                     lambda state, batch, reference: train_step(state, shard_batch(batch, mesh), reference),
                     state,
@@ -118,22 +120,25 @@ def train(config: Config) -> None:
                 metrics=metrics,
                 rollouts=rollouts,
                 on_step=StepPrinter(config.schedule.num_steps),
+                warn=lambda sentence: say(f"warning: {sentence}"),
             ),
             folder=folder,
             deadline=config.schedule.role_deadline,
+            seconds_before=seconds_before,
         )
         with on_interrupt(lambda: loop.inbox.put(StopRequested())):
             schedule = loop.run()
         if schedule.num_done < config.schedule.num_steps:
             say(f"stopped after step {schedule.num_done}; go on with --resume")
             return
+        trained = time.monotonic()
         batcher.set_weights(publish(loop.train_state.params), schedule.num_done)
         measure("after")
 
     # ---- what there is to show ----
     shutil.rmtree(folder / "policy", ignore_errors=True)  # of the shorter run, or of an end that was cut off
     save_policy(folder / "policy", model, loop.train_state.params, config.policy.path)
-    write_summary(folder, schedule, wall_seconds=time.monotonic() - began)
+    write_summary(folder, schedule, wall_seconds=seconds_of(folder) + time.monotonic() - trained)
     say(f"report: {write_report(folder)}")
 
 
@@ -146,6 +151,12 @@ def load_data(config: Config, model: Model) -> tuple[PromptLoader, list[Prompt]]
         say(f"{num_leaked} training problems left out: they are in the evaluation set")
     loader = PromptLoader(load_prompts(config, model.tokenizer, problems), config.run.seed)
     return loader, load_prompts(config, model.tokenizer, held_out_problems)
+
+
+def seconds_of(folder: pathlib.Path) -> float:
+    """What the run has taken up to its last step, all its sessions together; 0 before the first."""
+    steps = list(read_json_lines(folder / METRICS_FILE))
+    return steps[-1]["wall_seconds"] if steps else 0.0
 
 
 def write_summary(folder: pathlib.Path, schedule: State, *, wall_seconds: float) -> None:

@@ -1,4 +1,4 @@
-"""From a problem to the prompt that the policy sees; in: Problem, out: Prompt.
+"""From a problem, or a conversation, to the prompt that the policy sees; in: Problem, out: Prompt.
 
 A prompt is tokenised as Hugging Face tokenises it (the rendered chat template as one text) whenever the control tokens
 in it are the template's own. A statement that smuggles one in (`<|im_end|>`) is encoded apart, as plain text; only in
@@ -8,6 +8,8 @@ this case can token merges at its two borders differ, which is the price of keep
 import datetime
 import functools
 import json
+import re
+from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
 import jinja2
@@ -16,7 +18,7 @@ import jinja2.sandbox
 import numpy as np
 from jaxtyping import Int32
 
-from magistral_jax.data.tokenizer import Tokenizer
+from magistral_jax.data.tokenizer import Tokenizer, encode_pieces
 from magistral_jax.records import MagistralError, Problem, Prompt
 
 _THINK_FIRST = (
@@ -46,18 +48,19 @@ def system_message(kind: Literal["none", "math", "code"], think_tags: tuple[str,
 def build_prompt(
     problem: Problem,
     tokenizer: Tokenizer,
-    system_prompt: Literal["none", "math", "code"],
+    system_prompt: Literal["auto", "none", "math", "code"],
     think_tags: tuple[str, str] = ("<think>", "</think>"),
 ) -> Prompt:
     """The prompt of a problem.
 
     With a chat template: system message, the statement as the user's turn, the opening of the assistant's turn.
     Without: `<bos>`, the system message and an empty line if there is one, the statement and a line break.
+    The system prompt "auto" is the one for the kind of the problem.
 
     Raises:
       MagistralError: The template fails, drops the statement, or opens the thoughts itself.
     """
-    system = system_message(system_prompt, think_tags)
+    system = system_message(problem.kind if system_prompt == "auto" else system_prompt, think_tags)
     if tokenizer.chat_template is None:
         head, tail = (system + "\n\n" if system else ""), "\n"
         bos = [] if tokenizer.bos_id is None else [tokenizer.bos_id]
@@ -65,7 +68,8 @@ def build_prompt(
         ids = np.concatenate([np.asarray(bos, np.int32), tokenizer.encode(text)])
         return Prompt(problem, ids, tokenizer.decode(ids[: len(bos)]) + text)
 
-    render = functools.partial(_render, tokenizer, system)
+    instructions = [{"role": "system", "content": system}] if system else []
+    render = lambda statement: _render(tokenizer, [*instructions, {"role": "user", "content": statement}])
     if render(_HARMLESS).rstrip().endswith(think_tags[0]):
         raise MagistralError(
             f"the chat template already writes {think_tags[0]} before the completion; take it out of the template, "
@@ -92,20 +96,69 @@ def _encode_apart(rendered: str, statement: str, tokenizer: Tokenizer) -> Int32[
     return np.concatenate(ids)
 
 
-def _render(tokenizer: Tokenizer, system: str, statement: str) -> str:
-    """The chat template around one user turn; a template that refuses a system message gets it in the user's turn."""
-    user = {"role": "user", "content": statement}
-    if not system:
-        conversations = [[user]]
-    else:
-        folded = {"role": "user", "content": f"{system}\n\n{statement}"}
-        conversations = [[{"role": "system", "content": system}, user], [folded]]
+def encode_conversation(
+    messages: Sequence[Mapping[str, str]], tokenizer: Tokenizer, think_tags: tuple[str, str] = ("<think>", "</think>")
+) -> Int32[np.ndarray, " T"]:
+    """Ids of a conversation, up to the opening of the assistant's next turn.
+
+    A message that holds a control token is encoded apart, as plain text, so that it cannot close its turn; only think
+    tags are what they are in what the assistant said and in the instructions. Without a chat template it is the format
+    of `build_prompt`, which has room for one user message and a system message before it.
+
+    Args:
+      messages: Each with `role` (system, user or assistant) and `content`.
+      tokenizer: Of the model.
+      think_tags: Tags around the thoughts.
+
+    Raises:
+      MagistralError: The template refuses the conversation or rewrites a message that has to be encoded apart.
+    """
+    if tokenizer.chat_template is None:
+        roles = [message["role"] for message in messages]
+        if roles not in (["user"], ["system", "user"]):
+            raise MagistralError(
+                "the model has no chat template; expected one user message, or a system message and then a user message"
+            )
+        bos = [] if tokenizer.bos_id is None else [tokenizer.bos_id]
+        text = "\n\n".join(message["content"] for message in messages) + "\n"
+        return np.concatenate([np.asarray(bos, np.int32), tokenizer.encode(text)])
+
+    apart: dict[str, Int32[np.ndarray, " T"]] = {}
+    shown: list[Mapping[str, str]] = []
+    for index, message in enumerate(messages):
+        tags = () if message["role"] == "user" else think_tags
+        allowed = {tokenizer.special_tokens[tag] for tag in tags if tag in tokenizer.special_tokens}
+        found = set(tokenizer.encode(message["content"], allow_special=True).tolist())
+        if (found & set(tokenizer.special_tokens.values())) <= allowed:
+            shown.append(message)
+        else:
+            mark = f"\ue000{index}\ue001"
+            apart[mark] = encode_pieces(message["content"], tokenizer, tags)
+            shown.append({**message, "content": mark})
+    pieces = re.split("(\ue000[0-9]+\ue001)", _render(tokenizer, shown))
+    if missing := apart.keys() - set(pieces):
+        raise MagistralError(
+            f"the chat template leaves out or rewrites {len(missing)} message with control tokens; "
+            "it must stand as it is"
+        )
+    if not apart:
+        return tokenizer.encode("".join(pieces), allow_special=True)
+    ids = [apart[piece] if piece in apart else tokenizer.encode(piece, allow_special=True) for piece in pieces]
+    return np.concatenate(ids)
+
+
+def _render(tokenizer: Tokenizer, messages: Sequence[Mapping[str, str]]) -> str:
+    """The chat template around messages; one that refuses a system message gets it in the user's turn behind it."""
+    conversations = [list(messages)]
+    if len(messages) > 1 and messages[0]["role"] == "system":
+        system, user, *rest = messages
+        conversations.append([{**user, "content": f"{system['content']}\n\n{user['content']}"}, *rest])
     first_error = None
-    for messages in conversations:
+    for conversation in conversations:
         try:
             template = _compile(tokenizer.chat_template or "")
             return template.render(
-                messages=messages, tools=None, documents=None, add_generation_prompt=True, **tokenizer.named_tokens
+                messages=conversation, tools=None, documents=None, add_generation_prompt=True, **tokenizer.named_tokens
             )
         except Exception as error:  # a template may run into any
             first_error = first_error or error

@@ -16,8 +16,8 @@ class DataConfig:
     """Problems taken from the training source; 0 is all (a generated source needs a number)."""
     num_evaluation: int = 100
     """Problems of an evaluation; 0 is all."""
-    system_prompt: Literal["none", "math", "code"] = "math"
-    """Instructions before the problem (report Fig. 2, own wording)."""
+    system_prompt: Literal["auto", "none", "math", "code"] = "auto"
+    """Instructions before the problem (report Fig. 2, own wording); `auto` takes those for the problem's own kind."""
     overlong_prompts: Literal["error", "drop"] = "error"
     """A prompt longer than `generation.max_prompt_tokens`: stop and name it, or drop and count it."""
 

@@ -27,8 +27,9 @@ def load_problems(source: str, num: int, seed: int) -> list[Problem]:
 
     Args:
       source: `*.jsonl`, `*.parquet`, or `reasoning-gym:NAME?key=value&…`. A row has its text in `problem`, `question`
-        or `statement`, its reference in `answer`, and may have `id` and `kind` ("math" or "code"; a code row needs no
-        answer); every other column goes to `Problem.extra`.
+        or `statement`, its reference in `answer`, and may have `id` and `kind` ("math" or "code"). A code row needs no
+        answer; a row with `tests` and without an answer is one even if it does not say so. Every other column goes to
+        `Problem.extra`.
       num: How many, at most; 0 is all. A file is sampled without replacement, in file order.
       seed: Of the sample, or of the generator: different seeds give streams of their own.
 
@@ -112,7 +113,8 @@ def _read_parquet(path: pathlib.Path) -> Iterator[tuple[int, dict[str, Any]]]:
 def _problem(row: Mapping[str, Any], default_id: str, where: str) -> Problem:
     """A row as a Problem; `where` is for the error sentence."""
     columns = ", ".join(row)
-    kind = row.get("kind", "math")
+    answer = _answer(row)
+    kind = row.get("kind") or ("code" if row.get("tests") and answer is None else "math")
     if kind not in ("math", "code"):
         raise MagistralError(f"{where}: kind is {kind!r}; expected math or code")
     name = next((name for name in STATEMENT_COLUMNS if row.get(name)), None)
@@ -122,8 +124,7 @@ def _problem(row: Mapping[str, Any], default_id: str, where: str) -> Problem:
         )
     if not isinstance(row[name], str):
         raise MagistralError(f"{where}: {name} is of type {type(row[name]).__name__}; expected text")
-    answer = row.get("answer")
-    if answer is None or answer == "" or (isinstance(answer, float) and math.isnan(answer)):
+    if answer is None:
         if kind == "math":
             raise MagistralError(f"{where}: no answer; expected a column answer, found: {columns}")
         answer = ""
@@ -132,6 +133,12 @@ def _problem(row: Mapping[str, Any], default_id: str, where: str) -> Problem:
     extra = {key: value for key, value in row.items() if key not in (name, "answer", "id", "kind")}
     row_id = default_id if row.get("id") is None else str(row["id"])
     return Problem(id=row_id, statement=row[name], answer=str(answer), kind=kind, extra=extra)
+
+
+def _answer(row: Mapping[str, Any]) -> Any:
+    """The reference of a row, None where there is none; Parquet fills gaps with None or NaN."""
+    answer = row.get("answer")
+    return None if answer == "" or (isinstance(answer, float) and math.isnan(answer)) else answer
 
 
 def _generate(source: str, num: int, seed: int) -> list[Problem]:

@@ -197,9 +197,14 @@ def load_tokenizer(folder: str | pathlib.Path, model_vocab_size: int | None = No
 
 def encode_completion(text: str, tokenizer: Tokenizer, think_tags: tuple[str, str]) -> Int32[np.ndarray, " T"]:
     """Ids of a completion to imitate: the think tags as tokens where the tokenizer has them, and the stop token."""
-    tags = [tag for tag in think_tags if tag in tokenizer.special_tokens]
-    pieces = [tokenizer.encode(piece, allow_special=piece in tags) for piece in _split_at(text, tags)]
-    return np.concatenate([*pieces, np.asarray(tokenizer.stop_ids[:1], np.int32)])
+    return np.concatenate([encode_pieces(text, tokenizer, think_tags), np.asarray(tokenizer.stop_ids[:1], np.int32)])
+
+
+def encode_pieces(text: str, tokenizer: Tokenizer, tags: Iterable[str]) -> Int32[np.ndarray, " T"]:
+    """Ids of plain text in which `tags` are tokens, those that the tokenizer has."""
+    known = [tag for tag in tags if tag in tokenizer.special_tokens]
+    pieces = [tokenizer.encode(piece, allow_special=piece in known) for piece in _split_at(text, known)]
+    return np.concatenate([np.zeros(0, np.int32), *pieces])
 
 
 def _split_at(text: str, marks: Iterable[str]) -> list[str]:

@@ -8,7 +8,7 @@ the head of the queue and reads its own tokens again when it returns; one alone 
 """
 
 import collections
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import jax
@@ -92,6 +92,10 @@ class ContinuousBatcher:
         """The page accounts."""
         return self._pages.allocator
 
+    def running(self) -> list[Sequence]:
+        """What sits in the slots, the oldest first; a sequence knows what it has sampled so far."""
+        return list(self._slots.values())
+
     # ---- from outside -----------------------------------------------------------------------------------------------
 
     def submit(self, request: GenerationRequest) -> None:
@@ -136,8 +140,7 @@ class ContinuousBatcher:
 
     def step(self) -> list[Rollout]:
         """Swap weights if some arrived, admit what fits, read prompts, decode one block; returns what ended in it."""
-        self._swap_weights()
-        params = self.params
+        self.swap_weights()
         if self._incoming is None:  # draining engines admit nothing
             self._admit()
         self._prefill()
@@ -151,21 +154,13 @@ class ContinuousBatcher:
         for row, slot in enumerate(started):
             pages = self._slots[slot].pages
             table[row, : len(pages)] = pages
-        self._state, block = engine.decode_block(
-            params,
-            self._model,
-            self._state,
-            rows,
-            table,
-            self._stop_ids,
-            self._key,
-            num_steps=self._config.decode_block,
-        )
+        block = self._decode(rows, table)
         return self._collect(started, np.asarray(block.tokens), np.asarray(block.logprob), np.asarray(block.is_sampled))
 
     # ---- weights ----------------------------------------------------------------------------------------------------
 
-    def _swap_weights(self) -> None:
+    def swap_weights(self) -> None:
+        """Take weights that arrived into use, unless running sequences have to end first; every step begins so."""
         if self._incoming is None or (self._config.on_publish == "drain" and self._slots):
             return
         self._params, self.version = self._incoming
@@ -175,6 +170,37 @@ class ContinuousBatcher:
         reads_again = lambda s: self._config.on_publish == "recompute" or not s.is_started
         self._send_back([slot for slot, sequence in self._slots.items() if reads_again(sequence)])
         self._pages.drop_prefixes()
+
+    # ---- what is compiled -------------------------------------------------------------------------------------------
+
+    def shapes(self) -> list[tuple[str, int, int]]:
+        """Every shape of the forward pass that a step may meet: (what, rows, tokens of a row)."""
+        config = self._config
+        longest = config.max_prompt_tokens + config.max_new_tokens
+        widths = _doublings(_SMALLEST_PREFILL, min(config.prefill_chunk, _next_power_of_two(longest)))
+        prefill = [("prefill", rows, width) for rows in _doublings(1, config.prefill_rows) for width in widths]
+        return prefill + [("decode", rows, config.decode_block) for rows in self._row_counts]
+
+    def warm_up(self, report: Callable[[int, int], None] = lambda done, total: None) -> None:
+        """Compile all of `shapes`, and all else that a step calls. Needs weights; comes before the first request.
+
+        Args:
+          report: Called with the number of shapes done and their total.
+        """
+        self.swap_weights()
+        shapes = self.shapes()
+        self._enter({})
+        self._stop([])
+        for done, (what, rows, width) in enumerate(shapes):
+            report(done, len(shapes))
+            table = np.zeros((rows, self._table_width), np.int32)
+            if what == "prefill":
+                nothing = np.zeros(rows, np.int32)
+                self._read(np.zeros((rows, width), np.int32), nothing, nothing, table)
+            else:
+                self._decode(np.arange(rows, dtype=np.int32), table)
+        jax.block_until_ready(self._state)
+        report(len(shapes), len(shapes))
 
     # ---- slots and pages --------------------------------------------------------------------------------------------
 
@@ -202,11 +228,14 @@ class ContinuousBatcher:
     def _vacate(self, slots: list[int]) -> list[Sequence]:
         sequences = [self._slots.pop(slot) for slot in slots]
         if any(sequence.is_started for sequence in sequences):
-            is_stopped = np.isin(np.arange(self._config.num_slots), slots)
-            self._state = engine.EngineState(self._state.layers, engine.deactivate(self._state.slots, is_stopped))
+            self._stop(slots)
         for sequence in sequences:
             self._pages.close(sequence)
         return sequences
+
+    def _stop(self, slots: list[int]) -> None:
+        is_stopped = np.isin(np.arange(self._config.num_slots), slots)
+        self._state = engine.EngineState(self._state.layers, engine.deactivate(self._state.slots, is_stopped))
 
     def _drop_idle_prefixes(self) -> None:
         self._pages.drop_prefixes(keep_for=self._waiting[0] if self._waiting else None)
@@ -230,13 +259,32 @@ class ContinuousBatcher:
             table[row, : len(prefix.pages)] = prefix.pages
             prefix.num_written += count
         self.num_prefilled += sum(counts)
+        self._read(tokens, starts, lengths, table)
+
+    def _read(self, tokens: np.ndarray, starts: np.ndarray, lengths: np.ndarray, table: np.ndarray) -> None:
         self._state = engine.prefill(self.params, self._model, self._state, tokens, starts, lengths, table)
+
+    def _decode(self, rows: np.ndarray, table: np.ndarray) -> engine.Block:
+        self._state, block = engine.decode_block(
+            self.params,
+            self._model,
+            self._state,
+            rows,
+            table,
+            self._stop_ids,
+            self._key,
+            num_steps=self._config.decode_block,
+        )
+        return block
 
     def _start(self) -> None:
         """Let those sample whose prompt is read."""
         ready = {slot: s for slot, s in self._slots.items() if s.prefix is not None and s.prefix.is_complete}
-        if not ready:
-            return
+        if ready:
+            self._enter(ready)
+            self._drop_idle_prefixes()
+
+    def _enter(self, ready: dict[int, Sequence]) -> None:
         count, nowhere = self._config.num_slots, self.allocator.num_pages
         integers = {n: np.zeros(count, np.int32) for n in ("token", "position", "last_position", "top_k")}
         request_id = np.zeros(count, np.uint32)
@@ -248,7 +296,7 @@ class ContinuousBatcher:
             integers["position"][slot] = len(tokens) - 1
             integers["last_position"][slot] = len(request.prompt_ids) + request.sampling.max_new_tokens - 1
             integers["top_k"][slot] = request.sampling.top_k
-            request_id[slot] = request.request_id
+            request_id[slot] = request.request_id if request.random_id is None else request.random_id
             temperature[slot], top_p[slot] = request.sampling.temperature, request.sampling.top_p
             if (copied := self._pages.start(sequence)) is not None:
                 source[slot], target[slot] = copied
@@ -261,7 +309,6 @@ class ContinuousBatcher:
             **{name: jnp.asarray(values) for name, values in integers.items()},
         )
         self._state = engine.admit(self._state, arrivals, is_new, source, target)
-        self._drop_idle_prefixes()
 
     def _choose_rows(self, started: list[int]) -> Int32[np.ndarray, " R"]:
         """Slots of the next block, those that sample first; of few different numbers, since each is compiled."""
@@ -293,6 +340,15 @@ def _halvings(largest: int, *, smallest: int) -> tuple[int, ...]:
     while (half := -(-sizes[-1] // 2)) >= smallest and half < sizes[-1]:
         sizes.append(half)
     return tuple(reversed(sizes))
+
+
+def _doublings(smallest: int, largest: int) -> list[int]:
+    """`smallest`, its double, … below `largest`, and `largest`."""
+    sizes = []
+    while smallest < largest:
+        sizes.append(smallest)
+        smallest *= 2
+    return [*sizes, largest]
 
 
 def _next_power_of_two(count: int) -> int:

@@ -35,3 +35,13 @@ class GenerationConfig:
     """What happens to running sequences when weights arrive (§3): keep their KV cache, rebuild it, or finish first."""
     kv_dtype: Literal["float32", "bfloat16"] = "float32"
     """Precision of the KV cache."""
+    where: Literal["thread", "process"] = "thread"
+    """Where training rollouts are sampled: in a thread of the trainer's process, or in processes of their own (Linux),
+    which may have other devices and may die without the run's end."""
+    num_generators: int = 1
+    """Engines, each with `num_slots` and a page pool; more than one only as processes."""
+    devices: str = ""
+    """GPUs of the generator processes, as ids for CUDA_VISIBLE_DEVICES, separated by commas and dealt out in turn, one
+    to each. Empty: they share the trainer's; then set XLA_PYTHON_CLIENT_MEM_FRACTION for all of them."""
+    max_restarts: int = 3
+    """Generator processes that may die and be replaced over a run; the next death ends it, with a checkpoint."""

@@ -21,6 +21,8 @@ class GenerationRequest:
     request_id: int
     prompt_ids: Int32[np.ndarray, " T"]
     sampling: SamplingParams
+    random_id: int | None = None
+    """Names the random numbers that it is sampled with, in 32 bits; None takes `request_id`."""
 
 
 @dataclasses.dataclass(eq=False)

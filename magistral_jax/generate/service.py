@@ -12,51 +12,29 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from magistral_jax.generate.batching import ContinuousBatcher, GenerationRequest
+from magistral_jax.generate.handle import GeneratorUsage, Reports
 from magistral_jax.policy.fingerprint import fingerprint
-from magistral_jax.records import Rollout, WeightVersion
+from magistral_jax.records import WeightVersion
 
 _IDLE_POLL = 0.05  # seconds that an idle engine waits for a command before it looks again
 
 
-@dataclasses.dataclass(frozen=True)
-class GeneratorUsage:
-    """Seconds since the first weights, by what the engine was doing, and tokens sampled."""
-
-    busy: float = 0.0
-    idle: float = 0.0
-    idle_at_bound: float = 0.0  # the part of `idle` in which admission allowed no more work
-    num_tokens: int = 0
-
-    def __sub__(self, earlier: "GeneratorUsage") -> "GeneratorUsage":
-        """What happened between two readings."""
-        names = [f.name for f in dataclasses.fields(self)]
-        return GeneratorUsage(**{n: getattr(self, n) - getattr(earlier, n) for n in names})
-
-
 class GeneratorThread:
-    """Runs an engine until stopped.
+    """Runs an engine until stopped: a `Generator` inside this process.
 
     Args:
       batcher: The engine; this thread alone touches it from `start` to `stop`.
-      on_rollout: Called with each finished completion.
-      on_weights: Called with the receipt of each weight swap, computed from what the engine holds.
-      on_failure: Called once with the exception that ended the thread.
+      reports: Where it reports, from this thread.
     """
 
-    def __init__(
-        self,
-        batcher: ContinuousBatcher,
-        *,
-        on_rollout: Callable[[Rollout], None],
-        on_weights: Callable[[WeightVersion], None],
-        on_failure: Callable[[Exception], None],
-    ) -> None:
-        self._batcher = batcher
-        self._on_rollout, self._on_weights, self._on_failure = on_rollout, on_weights, on_failure
+    def __init__(self, batcher: ContinuousBatcher, reports: Reports) -> None:
+        self._batcher, self._reports = batcher, reports
         self._commands: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
         self._thread = threading.Thread(target=self._run, name="generator", daemon=True)
         self._usage = GeneratorUsage()
         self._num_acknowledged = batcher.num_swaps
+        self._known: tuple[Any, int | None] = (None, None)  # weights and their fingerprint
+        self._last_round = time.monotonic()
         self.is_at_bound = False
 
     def start(self) -> None:
@@ -72,13 +50,28 @@ class GeneratorThread:
 
         self._commands.put(command)
 
-    def set_weights(self, params: Any, version: int) -> None:
-        """Hand over weights, to be swapped in between two decode blocks."""
-        self._commands.put(lambda: self._batcher.set_weights(params, version))
+    def set_weights(self, params: Any, version: int, known_fingerprint: int | None = None) -> None:
+        """Hand over weights, to be swapped in between two decode blocks.
+
+        Args:
+          params: In the layout of decoding, on the engine's device.
+          version: Not below any that came before.
+          known_fingerprint: Of `params`, where it was computed on this side already; it need not hold up decoding then.
+        """
+
+        def command() -> None:
+            self._batcher.set_weights(params, version)
+            self._known = (params, known_fingerprint)
+
+        self._commands.put(command)
 
     def usage(self) -> GeneratorUsage:
         """Reading of the meter."""
         return self._usage
+
+    def seconds_in_round(self) -> float:
+        """How long the engine has been at what it does now, be it a step or a wait for work."""
+        return time.monotonic() - self._last_round
 
     def stop(self, deadline: float) -> None:
         """End after the running block; what is unfinished is given up.
@@ -95,9 +88,10 @@ class GeneratorThread:
         try:
             while self._obey():
                 self._advance()
+                self._last_round = time.monotonic()
             self._batcher.cancel_all()
         except Exception as error:
-            self._on_failure(error)
+            self._reports.on_failure(error)
 
     def _obey(self) -> bool:
         """Carry out what is queued; False when told to stop."""
@@ -122,9 +116,12 @@ class GeneratorThread:
         rollouts = self._batcher.step()
         if self._batcher.num_swaps != self._num_acknowledged:
             self._num_acknowledged = self._batcher.num_swaps
-            self._on_weights(WeightVersion(self._batcher.version, fingerprint(self._batcher.params)))
+            params, known = self._known
+            if known is None or params is not self._batcher.params:
+                known = fingerprint(self._batcher.params)
+            self._reports.on_weights(WeightVersion(self._batcher.version, known))
         for rollout in rollouts:
-            self._on_rollout(rollout)
+            self._reports.on_rollout(rollout)
         elapsed = time.monotonic() - began
         sampled = self._batcher.num_sampled
         self._usage = dataclasses.replace(self._usage, busy=self._usage.busy + elapsed, num_tokens=sampled)

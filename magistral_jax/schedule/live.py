@@ -8,6 +8,7 @@ import dataclasses
 import queue
 from collections.abc import Callable
 
+from magistral_jax.generate.handle import Notice
 from magistral_jax.records import MagistralError, WeightVersion
 from magistral_jax.schedule.machine import Action, Event, Rules, State, StopRequested, step
 
@@ -21,7 +22,7 @@ class RoleFailed:
 
 
 # A SimpleQueue: a signal handler may put into it while this very thread is inside `get`.
-Inbox = queue.SimpleQueue[Event | RoleFailed | WeightVersion]
+Inbox = queue.SimpleQueue[Event | RoleFailed | WeightVersion | Notice]
 
 
 class RoleFailedError(MagistralError):
@@ -35,6 +36,7 @@ def drive(
     *,
     act: Callable[[State, Action], None],
     on_receipt: Callable[[WeightVersion], None],
+    on_notice: Callable[[Notice], None],
     record: Callable[[Event], None],
     deadline: float,
 ) -> State:
@@ -46,6 +48,7 @@ def drive(
       inbox: Where the roles report.
       act: Carries out an action, without waiting for its effect.
       on_receipt: Receives each generator's statement of the weights that it holds.
+      on_notice: Receives what went wrong in a role and was dealt with; it changes nothing here.
       record: Receives every event before it takes effect: the log from which a run can be replayed.
       deadline: Seconds without any report after which the run is given up.
 
@@ -64,6 +67,9 @@ def drive(
             message = StopRequested()
         if isinstance(message, WeightVersion):
             on_receipt(message)
+            continue
+        if isinstance(message, Notice):
+            on_notice(message)
             continue
         if isinstance(message, RoleFailed):
             if failure is None:

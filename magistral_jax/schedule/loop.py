@@ -1,9 +1,10 @@
 """Magistral's asynchronous loop (report §3), wired to real roles.
 
-    prompts → generator thread → verifier processes → groups → trainer thread → publish → generator
+    prompts → generators → verifier processes → groups → trainer thread → publish → generators
 
-The generator samples all the time and swaps weights in the middle of completions; verifiers stream; the trainer takes
+The generators sample all the time and swap weights in the middle of completions; verifiers stream; the trainer takes
 fixed numbers of sequences. What happens when is decided by `schedule.machine` alone; here its actions meet arrays.
+Whether there is one generator in a thread or several in processes, the loop has one handle to all of them.
 """
 
 import dataclasses
@@ -18,8 +19,8 @@ from typing import Any
 import numpy as np
 
 from magistral_jax.checkpoint import Checkpoints
-from magistral_jax.generate.batching import ContinuousBatcher, GenerationRequest
-from magistral_jax.generate.service import GeneratorThread, GeneratorUsage
+from magistral_jax.generate.handle import Generator, GeneratorUsage, Notice, Reports
+from magistral_jax.generate.sequences import GenerationRequest
 from magistral_jax.metrics import MetricsWriter, RolloutWriter
 from magistral_jax.policy.fingerprint import fingerprint
 from magistral_jax.pytrees import TrainState
@@ -27,8 +28,8 @@ from magistral_jax.records import Graded, MagistralError, Prompt, Reward, Rollou
 from magistral_jax.schedule import machine
 from magistral_jax.schedule.live import Inbox, RoleFailed, RoleFailedError, drive
 from magistral_jax.schedule.machine import Rules, State
-from magistral_jax.schedule.observe import describe_rollouts
-from magistral_jax.verify.pool import VerifierPool, VerifyItem
+from magistral_jax.schedule.observe import FilterWatch, describe_rollouts
+from magistral_jax.verify.pool import PoolMetrics, VerifierPool, VerifyItem
 
 # (state, groups, version) -> (state, metrics, advantages)
 Update = Callable[[TrainState, Sequence[Sequence[Graded]], int], tuple[TrainState, dict[str, float], np.ndarray]]
@@ -42,7 +43,7 @@ class Stages:
     decode: Callable[[np.ndarray], str]
     extract_answer: Callable[[str], str | None]
     sampling: SamplingParams
-    batcher: ContinuousBatcher
+    make_generator: Callable[[Reports], Generator]
     make_verifiers: Callable[[Callable[[int, Reward], None]], VerifierPool]
     update: Update
     publish: Callable[[Any], Any]
@@ -50,10 +51,14 @@ class Stages:
     metrics: MetricsWriter
     rollouts: RolloutWriter
     on_step: Callable[[int, dict[str, float]], None]
+    warn: Callable[[str], None]
 
 
 class AsyncLoop:
-    """One run of the loop. `inbox` takes `StopRequested` from a signal handler at any time."""
+    """One run of the loop. `inbox` takes `StopRequested` from a signal handler at any time.
+
+    `seconds_before` is what the run took before a resume: the metric `wall_seconds` counts on from it.
+    """
 
     def __init__(
         self,
@@ -64,6 +69,7 @@ class AsyncLoop:
         *,
         folder: pathlib.Path,
         deadline: float,
+        seconds_before: float = 0.0,
     ) -> None:
         self.inbox: Inbox = queue.SimpleQueue()
         self._rules, self._schedule, self._train_state = rules, schedule, train_state
@@ -71,11 +77,14 @@ class AsyncLoop:
         self._prompts: dict[int, Prompt] = {}
         self._rollouts: dict[int, Rollout] = {}
         self._rewards: dict[int, Reward] = {}
-        self._sent: dict[int, int] = {}  # fingerprint of each published version, until acknowledged
+        self._sent: dict[int, int] = {}  # fingerprint of each published version
         self._log_path = folder / "events.jsonl"
         self._usage = GeneratorUsage()
+        self._pool_metrics = PoolMetrics()
         self._trainer: threading.Thread | None = None  # of the running step
         self._step_began = time.monotonic()
+        self._began = self._step_began - seconds_before
+        self._filtered = FilterWatch(rules.batch_size // rules.group_size)
 
     @property
     def train_state(self) -> TrainState:
@@ -89,11 +98,13 @@ class AsyncLoop:
           MagistralError: A role failed; the sentence says which and how.
         """
         stages = self._stages
-        self._generator = GeneratorThread(
-            stages.batcher,
-            on_rollout=self._on_rollout,
-            on_weights=self.inbox.put,
-            on_failure=lambda error: self.inbox.put(RoleFailed("generator", error)),
+        self._generator = stages.make_generator(
+            Reports(
+                on_rollout=self._on_rollout,
+                on_weights=self.inbox.put,
+                on_failure=lambda error: self.inbox.put(RoleFailed("generator", error)),
+                on_notice=self.inbox.put,
+            )
         )
         with (
             self._log_path.open("a", encoding="utf-8") as log,
@@ -109,6 +120,7 @@ class AsyncLoop:
                     self.inbox,
                     act=self._act,
                     on_receipt=self._check_receipt,
+                    on_notice=lambda notice: self._tell(log, notice),
                     record=lambda event: _write_event(log, event),
                     deadline=self._deadline,
                 )
@@ -121,21 +133,25 @@ class AsyncLoop:
         return self._schedule
 
     def usage(self) -> GeneratorUsage:
-        """What the generator did with its time."""
+        """What the generators did with their time."""
         return self._generator.usage()
 
     # ---- actions ----
 
     def _act(self, state: State, action: machine.Action) -> None:
+        stages = self._stages
         self._generator.is_at_bound = machine.is_at_bound(self._rules, state)
         match action:
             case machine.Dispatch(group_id):
                 self._dispatch(group_id)
             case machine.Verify(request_id):
                 self._verify(request_id)
-            case machine.Discard(group_id):
-                self._take(group_id)
+            case machine.Discard(group_id, reason):
+                _, graded = self._take(group_id)
+                if reason == "zero_variance" and (warning := self._filtered.add(graded)):
+                    stages.warn(warning)
             case machine.Train(step, group_ids):
+                self._filtered.reset()
                 groups = [self._take(group_id) for group_id in group_ids]
                 depths = {"in_flight": self._num_in_flight(state), "ready_groups": len(state.ready)}
                 depths |= {f"total_{how}": count for how, count in state.counts.items()}
@@ -145,7 +161,7 @@ class AsyncLoop:
             case machine.Publish(version):
                 self._publish(version)
             case machine.Checkpoint(step):
-                self._stages.checkpoints.save(step, self._train_state, machine.to_saved(state))
+                stages.checkpoints.save(step, self._train_state, machine.to_saved(state))
             case machine.Finish():
                 pass
 
@@ -162,13 +178,17 @@ class AsyncLoop:
 
     def _verify(self, request_id: int) -> None:
         rollout = self._rollouts[request_id]
+        group_id = request_id // self._rules.group_size
         item = VerifyItem(
             request_id=request_id,
-            problem=self._prompts[request_id // self._rules.group_size].problem,
+            problem=self._prompts[group_id].problem,
             completion=self._stages.decode(rollout.completion_ids),
             num_tokens=len(rollout.completion_ids),
             max_length=self._stages.sampling.max_new_tokens,
             truncated=rollout.truncated,
+            group=group_id,
+            group_size=self._rules.group_size,
+            test_seed=group_id,
         )
         try:
             self._verifiers.submit(item)
@@ -221,9 +241,10 @@ class AsyncLoop:
         metrics |= {
             "train_seconds": now - began,
             "step_seconds": now - self._step_began,
+            "wall_seconds": now - self._began,
             "tokens_per_second": num_tokens / (now - self._step_began),
         }
-        metrics |= self._generator_metrics()
+        metrics |= self._generator_metrics() | self._verifier_metrics()
         self._step_began = now
         self._stages.metrics.write(step + 1, metrics)
         for (prompt, graded), values in zip(taken, advantages, strict=True):
@@ -241,6 +262,19 @@ class AsyncLoop:
             "generator_idle_share": spent.idle / total,
             "generator_idle_unbounded_share": (spent.idle - spent.idle_at_bound) / total,
             "sampled_tokens_per_second": spent.num_tokens / total,
+            "generators_lost": float(spent.num_lost),
+        }
+
+    def _verifier_metrics(self) -> dict[str, float]:
+        """Means over the completions graded since the last step, and counts."""
+        before, now = self._pool_metrics, self._verifiers.metrics()
+        self._pool_metrics = now
+        num_graded = max(now.num_graded - before.num_graded, 1)
+        return {
+            "verify_queue_seconds": (now.queue_seconds - before.queue_seconds) / num_graded,
+            "verify_seconds": (now.verify_seconds - before.verify_seconds) / num_graded,
+            "verifier_kills": float(now.num_kills - before.num_kills),
+            "verifier_retries": float(now.num_retries - before.num_retries),
         }
 
     # ---- what the roles report ----
@@ -255,14 +289,18 @@ class AsyncLoop:
         self.inbox.put(machine.Verified(request_id, None if failed else reward.total))
 
     def _check_receipt(self, receipt: WeightVersion) -> None:
-        """The generator says what it holds; anything but what was sent is a bug that must not go unnoticed."""
-        expected = self._sent.pop(receipt.version, None)
-        self._sent = {version: value for version, value in self._sent.items() if version > receipt.version}
+        """A generator says what it holds; anything but what was sent is a bug that must not go unnoticed."""
+        expected = self._sent.get(receipt.version)  # kept: another generator may come to it later
         if expected != receipt.fingerprint:
             raise MagistralError(
-                f"The generator holds weights with fingerprint {receipt.fingerprint:#010x} as version "
+                f"Generator {receipt.generator} holds weights with fingerprint {receipt.fingerprint:#010x} as version "
                 f"{receipt.version}, the trainer sent {expected!r}: rollouts would come from wrong weights."
             )
+
+    def _tell(self, log: Any, notice: Notice) -> None:
+        """Say what a role has got over. It is no event: nothing that is decided depends on it."""
+        self._stages.warn(notice.sentence)
+        log.write(json.dumps({"note": notice.kind, "generator": notice.generator, "sentence": notice.sentence}) + "\n")
 
     def _num_in_flight(self, state: State) -> int:
         return sum(self._rules.group_size - len(group.rewards) for group in state.pending.values())

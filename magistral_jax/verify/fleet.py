@@ -9,103 +9,135 @@ import dataclasses
 import itertools
 import json
 import os
+import select
 import socket
 import subprocess
 import sys
 import tempfile
 
 from magistral_jax.records import MagistralError
-from magistral_jax.verify.config import PoolConfig, RewardConfig
-from magistral_jax.verify.zygote import READY
+from magistral_jax.verify.item import Message, decode_message
+from magistral_jax.verify.worker import WorkerConfig
+from magistral_jax.verify.zygote import MAX_DATAGRAM, READY, REFUSED
 
 _EXIT_SECONDS = 10.0
 _CHUNK = 65536
+_MAX_LINE = 2**24
 
 
 class Worker:
-    """This side of a worker: its socket and the start of a line that has not arrived in full."""
+    """This side of a worker: its socket, what it has not read yet, and the start of a line that has not ended.
+
+    Nothing here waits, so a worker that does not read or write holds nobody up.
+    """
 
     def __init__(self, number: int, connection: socket.socket) -> None:
+        connection.setblocking(False)
         self.number = number
         self.connection = connection
+        self._unsent = memoryview(b"")
         self._partial = b""
 
-    def send(self, line: str) -> None:
-        """Send one line. Raises `OSError` where the worker is gone or does not read."""
-        self.connection.sendall(line.encode("ascii"))
+    @property
+    def has_unsent(self) -> bool:
+        """True while a task is on its way."""
+        return len(self._unsent) > 0
 
-    def receive(self) -> list[str] | None:
-        """The lines that have arrived, or None where the worker is gone. Blocks unless the socket is readable."""
+    def send(self, frame: bytes) -> None:
+        """Begin to send a task; `flush` goes on with it. Raises `OSError` where the worker is gone."""
+        self._unsent = memoryview(frame)
+        self.flush()
+
+    def flush(self) -> None:
+        """Send what the worker has room for. Raises `OSError` where it is gone."""
+        with contextlib.suppress(BlockingIOError):
+            while self._unsent:
+                self._unsent = self._unsent[self.connection.send(self._unsent) :]
+
+    def receive(self) -> list[Message] | None:
+        """The messages that have arrived, or None where the worker is gone.
+
+        Raises:
+          ValueError: The worker does not keep to the protocol.
+        """
         try:
             chunk = self.connection.recv(_CHUNK)
+        except BlockingIOError:
+            return []
         except OSError:
             return None
         if not chunk:
             return None
         *lines, self._partial = (self._partial + chunk).split(b"\n")
-        return [line.decode("ascii") for line in lines]
+        if len(self._partial) > _MAX_LINE:
+            raise ValueError("a message without end")
+        return [decode_message(line) for line in lines]
 
 
 class Fleet:
     """The zygote and its workers.
 
     Raises:
-      MagistralError: The zygote does not start; the message ends with what it wrote to its standard error.
+      MagistralError: The zygote does not start; the message says why in its words.
     """
 
-    def __init__(self, reward: RewardConfig, pool: PoolConfig) -> None:
-        self._reward = reward
-        self._pool = pool
+    def __init__(self, config: WorkerConfig, start_deadline: float) -> None:
+        self._config = config
+        self._start_deadline = start_deadline
         self._numbers = itertools.count()
         self._stderr = tempfile.TemporaryFile()  # noqa: SIM115 closed in close(); a pipe would have to be drained
-        self._start()
+        try:
+            self._start()
+        except MagistralError:
+            self._stderr.close()
+            raise
 
     def _start(self) -> None:
         self.commands, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         with theirs:
-            arguments = [str(theirs.fileno()), json.dumps(dataclasses.asdict(self._reward)), str(self._pool.memory_mib)]
+            config = {**dataclasses.asdict(self._config), "mechanism": self._config.mechanism.value}
             self._process = subprocess.Popen(
-                [sys.executable, "-P", "-m", "magistral_jax.verify.zygote", *arguments],
+                [sys.executable, "-P", "-m", "magistral_jax.verify.zygote", str(theirs.fileno()), json.dumps(config)],
                 stdin=subprocess.DEVNULL,
                 stdout=subprocess.DEVNULL,
                 stderr=self._stderr,
                 env=_environment(),
                 pass_fds=[theirs.fileno()],
             )
-        self.commands.settimeout(self._pool.start_deadline)
+        self.commands.settimeout(self._start_deadline)
         try:
-            is_ready = self.commands.recv(len(READY)) == READY
+            answer = self.commands.recv(MAX_DATAGRAM)
         except OSError:
-            is_ready = False
-        if not is_ready:
+            answer = b""
+        if answer != READY:
             self._stop()
-            words = self.last_words()
-            self._stderr.close()
-            raise MagistralError(f"the verifier workers cannot start: {words}")
+            if answer.startswith(REFUSED):
+                raise MagistralError(answer.removeprefix(REFUSED).decode(errors="replace"))
+            raise MagistralError(f"the verifier workers cannot start: {self.last_words()}")
 
     def restart(self) -> None:
         """Start another zygote in place of one that died; its workers have died with it."""
         self._stop()
         self._start()
 
-    def fork(self) -> Worker:
-        """Start a worker. Raises `OSError` where the zygote is gone."""
+    @property
+    def is_alive(self) -> bool:
+        """False once the zygote is gone, which is seen here before its workers follow it."""
+        return not select.select([self.commands], [], [], 0)[0]  # it has no more to say, so this is its end
+
+    def fork(self, kind: str, slot: int) -> Worker:
+        """Start a worker of a kind. Without a zygote it is one that is gone at once."""
         ours, theirs = socket.socketpair()
-        ours.settimeout(self._pool.deadline)
         worker = Worker(next(self._numbers), ours)
-        with theirs:
-            try:
-                socket.send_fds(self.commands, [b"f%d" % worker.number], [theirs.fileno()])
-            except OSError:
-                ours.close()
-                raise
+        with theirs, contextlib.suppress(OSError):
+            socket.send_fds(self.commands, [f"f {worker.number} {kind} {slot}".encode()], [theirs.fileno()])
         return worker
 
     def kill(self, worker: Worker) -> None:
         """Kill a worker, whatever it is doing, and forget it. Does nothing to one that is already dead."""
         worker.connection.close()
         with contextlib.suppress(OSError):  # without a zygote there is no worker
-            self.commands.send(b"k%d" % worker.number)
+            self.commands.send(f"k {worker.number}".encode())
 
     def last_words(self) -> str:
         """The last line that the zygote or a worker wrote to standard error."""

@@ -7,6 +7,7 @@ whatever the text: completions are long and may be hostile.
 import dataclasses
 import enum
 import re
+from collections.abc import Iterator
 
 
 class FormatFault(enum.Enum):
@@ -17,6 +18,7 @@ class FormatFault(enum.Enum):
     REPEATED_TAG = "repeated_tag"
     NO_BOXED_ANSWER = "no_boxed_answer"
     NO_CODE_BLOCK = "no_code_block"
+    NO_ANSWER = "no_answer"  # where no format is asked for, nothing at all looks like an answer
 
 
 @dataclasses.dataclass(frozen=True)
@@ -61,6 +63,16 @@ _BOX_TOKEN = re.compile(
 )
 
 
+@dataclasses.dataclass(frozen=True)
+class Box:
+    r"""A `\boxed` or `\fbox` in a text: where it starts and ends, and what is in it."""
+
+    start: int
+    end: int
+    content: str
+    content_start: int
+
+
 def last_boxed(text: str) -> str | None:
     r"""Content of the last `\boxed` or `\fbox` in the text, or None where there is none.
 
@@ -68,41 +80,46 @@ def last_boxed(text: str) -> str | None:
     `\boxed 42$` holds what runs up to the next white space or end of the formula. Of nested boxes the inner one, which
     starts last, is taken.
     """
-    last: tuple[int, str] | None = None
-    open_braces: list[int | None] = []  # where the content of a box starts; None for any other brace
+    last = max(find_boxes(text), key=lambda box: box.content_start, default=None)
+    return None if last is None else last.content
+
+
+def find_boxes(text: str) -> Iterator[Box]:
+    """All boxes that are closed, an inner one before the one around it."""
+    open_braces: list[tuple[int, int] | None] = []  # where a box and its content start; None for any other brace
     for token in _BOX_TOKEN.finditer(text):
         if token["open_box"]:
-            open_braces.append(token.end())
+            open_braces.append((token.start(), token.end()))
         elif token["bare_box"]:
-            last = (token.start("bare"), token["bare"])
+            yield Box(token.start(), token.end(), token["bare"].strip(), token.start("bare"))
         elif token["brace"] == "{":
             open_braces.append(None)
         elif token["brace"] == "}" and open_braces:
-            start = open_braces.pop()
-            if start is not None and (last is None or start > last[0]):
-                last = (start, text[start : token.start()])
-    return None if last is None else last[1].strip()
+            opening = open_braces.pop()
+            if opening is not None:
+                start, content_start = opening
+                yield Box(start, token.end(), text[content_start : token.start()].strip(), content_start)
 
 
 _FENCE = re.compile(r"^ {0,3}(?P<marks>`{3,}|~{3,})[ \t]*(?P<info>[^`\n]*?)[ \t]*$")
 
 
-def first_code_block(text: str) -> CodeBlock | None:
+def first_code_block(text: str, default_language: str = "") -> CodeBlock | None:
     """The first fenced block that has a language tag and is closed, or None.
 
     Fences follow Markdown: three or more backticks or tildes, closed by at least as many of the same alone on a line.
-    Blocks without a tag are passed over.
+    Blocks without a tag are of the default language; where there is none, they are passed over.
     """
     opening: re.Match[str] | None = None
     lines: list[str] = []
-    for line in text.splitlines():
+    for line in text.replace("\r\n", "\n").split("\n"):  # not splitlines: a form feed is part of a line
         fence = _FENCE.match(line)
         if opening is None:
             if fence:
                 opening, lines = fence, []
         elif fence and not fence["info"] and fence["marks"].startswith(opening["marks"]):
-            if opening["info"]:
-                return CodeBlock(opening["info"].split()[0].lower(), "\n".join(lines) + "\n")
+            if language := opening["info"] or default_language:
+                return CodeBlock(language.split()[0].lower(), "\n".join(lines) + "\n")
             opening = None
         else:
             lines.append(line)

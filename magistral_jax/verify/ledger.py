@@ -2,12 +2,14 @@
 
 import collections
 import dataclasses
+import itertools
 import threading
 import time
 from collections.abc import Callable
+from typing import Any
 
 from magistral_jax.records import MagistralError, Reward
-from magistral_jax.verify.worker import VerifyItem
+from magistral_jax.verify.item import Task, VerifyItem
 
 
 @dataclasses.dataclass(frozen=True)
@@ -19,7 +21,7 @@ class PoolMetrics:
     num_graded: int = 0
     """Rewards delivered, infrastructure failures included."""
     num_cancelled: int = 0
-    """Items dropped by `cancel_all`."""
+    """Items dropped without a reward."""
     num_pending: int = 0
     """Items that wait or are being graded now."""
     num_running: int = 0
@@ -32,8 +34,14 @@ class PoolMetrics:
     """Workers killed because their item was over its deadline."""
     num_deaths: int = 0
     """Workers that died by themselves while they graded."""
+    num_retries: int = 0
+    """Items that went to a second worker because the first failed on them."""
+    num_recycles: int = 0
+    """Workers replaced for their age or their memory."""
     num_forks: int = 0
-    """Workers started; more than the pool's size where some were replaced."""
+    """Workers started."""
+    kinds: dict[str, int] = dataclasses.field(default_factory=dict)
+    """Delivered rewards by what graded: "math", "code" or "function"."""
     verdicts: dict[str, int] = dataclasses.field(default_factory=dict)
     """Delivered rewards by verdict; "timeout" and "sandbox_error" are among them."""
     languages: dict[str, int] = dataclasses.field(default_factory=dict)
@@ -46,33 +54,54 @@ class PoolMetrics:
 class Job:
     """An item on its way through the pool."""
 
-    item: VerifyItem
+    task: Task
+    kind: str
+    """What grades it: "math", "code" or "function"."""
+    deadline: float
+    """Seconds from dispatch until the worker is killed."""
     deliver: Callable[[Reward], None]
-    is_cancellable: bool
-    submitted: float = dataclasses.field(default_factory=time.monotonic)
+    owner: object
+    """Who may cancel it."""
+    serial: int = 0
+    submitted: float = 0.0
     dispatched: float = 0.0
     attempts: int = 0
     form: Reward | None = None
     """What the worker knew before it began to grade the answer."""
+    explanation: dict[str, Any] = dataclasses.field(default_factory=dict)
+
+    @property
+    def item(self) -> VerifyItem:
+        """What is graded."""
+        return self.task.item
 
 
 class Ledger:
     """Pending jobs, counts and sums, behind one lock."""
 
-    def __init__(self) -> None:
-        self._lock = threading.Lock()
+    def __init__(self, max_pending: int) -> None:
+        self._changed = threading.Condition()
+        self._max_pending = max_pending
+        self._serials = itertools.count(1)
         self._pending: dict[Job, None] = {}  # an ordered set
         self._counts = collections.Counter[str]()
-        self._seconds = {"queue_seconds": 0.0, "verify_seconds": 0.0}
+        self._queue_seconds = self._verify_seconds = 0.0
+        self._kinds = collections.Counter[str]()
         self._verdicts = collections.Counter[str]()
         self._languages = collections.Counter[str]()
         self._closed_because: str | None = None
 
-    def open(self, job: Job) -> None:
-        """Enter a job. Raises `MagistralError` once the ledger is closed."""
-        with self._lock:
-            if self._closed_because is not None:
-                raise MagistralError(self._closed_because)
+    def open(self, job: Job, *, may_wait: bool) -> None:
+        """Enter a job, once there is room for it; where waiting is not allowed, at once.
+
+        Raises:
+          MagistralError: The ledger is closed, or is closed while this waits.
+        """
+        with self._changed:
+            if may_wait:
+                self._changed.wait_for(lambda: len(self._pending) < self._max_pending or not self._is_open)
+            self.check_open()
+            job.serial, job.submitted = next(self._serials), time.monotonic()
             self._pending[job] = None
             self._counts["num_submitted"] += 1
 
@@ -82,32 +111,36 @@ class Ledger:
 
     def settle(self, job: Job, reward: Reward) -> bool:
         """Book the reward of a job. False where the job was cancelled and nobody waits for it."""
-        with self._lock:
+        with self._changed:
             if job not in self._pending:
                 return False
             del self._pending[job]
+            self._changed.notify()
             self._counts["num_graded"] += 1
             if job.dispatched:
-                self._seconds["queue_seconds"] += job.dispatched - job.submitted
-                self._seconds["verify_seconds"] += time.monotonic() - job.dispatched
+                self._queue_seconds += job.dispatched - job.submitted
+                self._verify_seconds += time.monotonic() - job.dispatched
+            self._kinds[job.kind] += 1
             self._verdicts[reward.verdict.value] += 1
             if reward.language_note:
                 self._languages[reward.language_note] += 1
             return True
 
-    def cancel(self) -> int:
-        """Take out every job that may be cancelled, and return their number."""
-        with self._lock:
-            cancelled = [job for job in self._pending if job.is_cancellable]
+    def cancel(self, owner: object) -> int:
+        """Take out every job of an owner, and return their number."""
+        with self._changed:
+            cancelled = [job for job in self._pending if job.owner is owner]
             for job in cancelled:
                 del self._pending[job]
+            self._changed.notify_all()
             self._counts["num_cancelled"] += len(cancelled)
             return len(cancelled)
 
     def close(self, reason: str) -> list[Job]:
         """Take no more jobs, and return those that are pending."""
-        with self._lock:
+        with self._changed:
             self._closed_because = reason
+            self._changed.notify_all()
             return list(self._pending)
 
     def check_open(self) -> None:
@@ -117,24 +150,24 @@ class Ledger:
 
     def count(self, name: str) -> None:
         """Add one to a count of `PoolMetrics`."""
-        with self._lock:
+        with self._changed:
             self._counts[name] += 1
 
     def snapshot(self, worker_pids: tuple[int, ...]) -> PoolMetrics:
         """The books as they stand."""
-        with self._lock:
+        with self._changed:
             return PoolMetrics(
-                num_submitted=self._counts["num_submitted"],
-                num_graded=self._counts["num_graded"],
-                num_cancelled=self._counts["num_cancelled"],
+                **self._counts,
+                queue_seconds=self._queue_seconds,
+                verify_seconds=self._verify_seconds,
                 num_pending=len(self._pending),
                 num_running=sum(job.attempts > 0 for job in self._pending),
-                queue_seconds=self._seconds["queue_seconds"],
-                verify_seconds=self._seconds["verify_seconds"],
-                num_kills=self._counts["num_kills"],
-                num_deaths=self._counts["num_deaths"],
-                num_forks=self._counts["num_forks"],
+                kinds=dict(self._kinds),
                 verdicts=dict(self._verdicts),
                 languages=dict(self._languages),
                 worker_pids=worker_pids,
             )
+
+    @property
+    def _is_open(self) -> bool:
+        return self._closed_because is None

@@ -1,63 +1,52 @@
 r"""Equality of parsed answers: structure first (sets, intervals, equations), then scalars element by element."""
 
 import collections
-import dataclasses
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 from magistral_jax.verify.math_canonical import canonical
-from magistral_jax.verify.math_exact import TooLargeError, exact_value
-from magistral_jax.verify.math_probe import Agreement, probe, probe_ratio
-from magistral_jax.verify.math_symbolic import symbolically_equal
-from magistral_jax.verify.math_tree import (
-    INFINITY,
-    Call,
-    Group,
-    Matrix,
-    Num,
-    Relation,
-    Series,
-    Sym,
-    Tree,
-    is_scalar,
-    walk,
-)
+from magistral_jax.verify.math_numeric import rounded
+from magistral_jax.verify.math_probe import probe_ratio
+from magistral_jax.verify.math_scalars import Comparison, compare_scalars
+from magistral_jax.verify.math_tree import Call, Group, Matrix, Num, Relation, Series, Sym, Tree, is_name, is_scalar
 
 _MIRRORED = {"<": ">", ">": "<", "<=": ">=", ">=": "<=", "=": "=", "!=": "!="}
 
 
-@dataclasses.dataclass(frozen=True)
-class Comparison:
-    """Whether two answers are equal, and the rule that decided."""
-
-    is_equal: bool
-    path: str
-
-
-def compare(answer: Tree, reference: Tree) -> Comparison:
+def compare(answer: Tree, reference: Tree, *, decimals: int | None = None) -> Comparison:
     """Compare two parsed answers.
 
     The order of a tuple counts, that of a set and of a list without brackets does not. `x = 5` is 5, an equation is any
     multiple of itself, an inequality in one variable is its interval.
+
+    Args:
+      answer: What is graded.
+      reference: What is right.
+      decimals: Places that numbers are rounded to before they are compared; None compares them exactly.
 
     Raises:
       TooLargeError: Numbers in them are too large to be compared.
     """
     if answer == reference:
         return Comparison(True, "structure")
-    return _compare(canonical(answer), canonical(reference))
+    answer, reference = canonical(answer), canonical(reference)
+    if decimals is not None:
+        answer, reference = rounded(answer, decimals), rounded(reference, decimals)
+    return _compare(answer, reference)
 
 
-def _compare(a: Tree, b: Tree) -> Comparison:  # noqa: PLR0911 one return for each kind
+def _compare(a: Tree, b: Tree) -> Comparison:  # noqa: PLR0911, PLR0912 one return for each kind
     """`compare` for canonical trees. `a` is the answer's part and `b` the reference's."""
     match a, b:
         case Series(), Series():
-            return _in_any_order(a.items, b.items)
+            return _in_any_order(_once(a.items), _once(b.items))
         case (Series() | Group(opening="{"), Series() | Group(opening="{")):
             return _as_sets(a.items, b.items)
         case Group(items=[item], opening="{"), _ if not isinstance(b, Group):
             return _compare(item, b)
         case _, Group(items=[item], opening="{") if not isinstance(a, Group):
             return _compare(a, item)
+        case (Series() | Group(opening="("), Series() | Group(opening="(")) if _is_assignment(a) and _is_assignment(b):
+            return _in_any_order(a.items, b.items)
         case (Series(), Group(opening="(", closing=")")) | (Group(opening="(", closing=")"), Series()):
             return _in_order(a.items, b.items)
         case Group(), Group():
@@ -69,12 +58,22 @@ def _compare(a: Tree, b: Tree) -> Comparison:  # noqa: PLR0911 one return for ea
             return _in_order(_vector(a), _vector(b))
         case Relation(), Relation():
             return _relations(a, b)
+        case Series(items=items), _ if is_scalar(b) and len(set(items)) == len(items):  # 3/4 or 0.75
+            return _all(_compare(item, b) for item in items)
+        case _, Series(items=items) if is_scalar(a) and len(set(items)) == len(items):
+            return _all(_compare(a, item) for item in items)
         case Relation(), _:
             return _with_value(a, b, is_answer=True)
         case _, Relation():
             return _with_value(b, a, is_answer=False)
+        case Group(opening="mod", items=[residue, _]), _:
+            return _compare(residue, b)
+        case _, Group(opening="mod", items=[residue, _]):
+            return _compare(a, residue)
+        case Call(head="where"), Call(head="where"):
+            return _in_order(a.args, b.args)
     if is_scalar(a) and is_scalar(b):
-        return _scalars(a, b)
+        return compare_scalars(a, b)
     return Comparison(False, "kind")
 
 
@@ -84,9 +83,13 @@ def _compare(a: Tree, b: Tree) -> Comparison:  # noqa: PLR0911 one return for ea
 def _in_order(a: Sequence[Tree], b: Sequence[Tree]) -> Comparison:
     if len(a) != len(b):
         return Comparison(False, "count")
+    return _all(_compare(left, right) for left, right in zip(a, b, strict=True))
+
+
+def _all(comparisons: Iterable[Comparison]) -> Comparison:
+    """The first that differs, or the last."""
     result = Comparison(True, "structure")
-    for left, right in zip(a, b, strict=True):
-        result = _compare(left, right)
+    for result in comparisons:
         if not result.is_equal:
             break
     return result
@@ -108,6 +111,17 @@ def _in_any_order(a: Sequence[Tree], b: Sequence[Tree]) -> Comparison:
         else:
             return Comparison(False, result.path)
     return result
+
+
+def _once(items: Sequence[Tree]) -> Sequence[Tree]:
+    """Without repeated tuples: the same solution twice is one. A number may be listed as often as it is a root."""
+    return list(dict.fromkeys(items)) if all(isinstance(item, Group) for item in items) else items
+
+
+def _is_assignment(tree: Series | Group) -> bool:
+    return all(
+        isinstance(item, Relation) and item.operators == ("=",) and is_name(item.sides[0]) for item in tree.items
+    )
 
 
 def _as_sets(a: Sequence[Tree], b: Sequence[Tree]) -> Comparison:
@@ -141,39 +155,55 @@ def _vector(tree: Matrix | Group) -> tuple[Tree, ...]:
 
 
 def _relations(a: Relation, b: Relation) -> Comparison:
+    if len(a.sides) != 2 or len(b.sides) != 2:
+        return _chains(a, b)
+    (left, right), (other_left, other_right) = a.sides, b.sides
+    if a.operators == b.operators == ("=",) and _same_name(left, other_left):
+        return _compare(right, other_right)
+    result = _chains(a, b)
+    if result.is_equal or a.operators[0] not in _MIRRORED or b.operators[0] not in _MIRRORED:
+        return result
+    differences = [Call("add", (side.sides[0], Call("neg", (side.sides[1],)))) for side in (a, b)]
+    if not all(is_scalar(difference) for difference in differences):
+        return result
+    sign = probe_ratio(*differences)
+    operator = b.operators[0] if sign > 0 else _MIRRORED[b.operators[0]]
+    return Comparison(sign != 0 and a.operators[0] == operator, "equation")
+
+
+def _chains(a: Relation, b: Relation) -> Comparison:
+    """The same sides with the same operators between them, from the left or from the right."""
     result = Comparison(False, "operators")
     if a.operators == b.operators:
         result = _in_order(a.sides, b.sides)
     if not result.is_equal and a.operators == tuple(_MIRRORED.get(operator) for operator in reversed(b.operators)):
         result = _in_order(a.sides[::-1], b.sides)
-    if result.is_equal or not (a.operators == b.operators == ("=",)):
-        return result
-    differences = [Call("add", (side.sides[0], Call("neg", (side.sides[1],)))) for side in (a, b)]
-    if not all(is_scalar(difference) for difference in differences):
-        return result
-    return Comparison(probe_ratio(*differences) is Agreement.AGREE, "equation")
+    return result
+
+
+def _same_name(a: Tree, b: Tree) -> bool:
+    """Equal, or values of one function whose argument has another name: `f(x)` and `f(t)`."""
+    match a, b:
+        case Call(head="mul", args=(Sym() as f, Sym())), Call(head="mul", args=(Sym() as g, Sym())):
+            return f == g
+        case (Sym("y"), Call(head="mul", args=(Sym(), Sym()))) | (Call(head="mul", args=(Sym(), Sym())), Sym("y")):
+            return True
+    return a == b and is_name(a)
 
 
 def _with_value(relation: Relation, value: Tree, *, is_answer: bool) -> Comparison:
     """An equation against a value. The left side has to be a name for it, or, in an answer, what was to be computed."""
-    if set(relation.operators) != {"="}:
-        return Comparison(False, "kind")
     left, right = relation.sides[0], relation.sides[-1]
-    if not _is_name(left):
+    sides = {"approx": (left, right), "=": (right,)}.get(relation.operators[-1], ())
+    if relation.operators == ("=",) and not is_name(left):
         names_it = is_answer and (_is_unknown(left) or _compare(left, right).is_equal)
-        if not names_it:
-            return Comparison(False, "kind")
-    return _compare(right, value) if is_answer else _compare(value, right)
-
-
-def _is_name(tree: Tree) -> bool:
-    r"""`x`, `f(x)`, `\angle A`, `(x, y)`: symbols alone, side by side."""
-    match tree:
-        case Sym():
-            return True
-        case Call(head="mul", args=parts) | Group(items=parts):
-            return all(_is_name(part) for part in parts)
-    return False
+        sides = (right,) if names_it else ()
+    result = Comparison(False, "kind")
+    for side in sides:  # pi ≈ 3.14 is both
+        result = _compare(side, value) if is_answer else _compare(value, side)
+        if result.is_equal:
+            break
+    return result
 
 
 def _is_unknown(tree: Tree) -> bool:
@@ -184,50 +214,3 @@ def _is_unknown(tree: Tree) -> bool:
         case Call(args=parts):
             return all(_is_unknown(part) for part in parts)
     return isinstance(tree, Sym)
-
-
-# ---- scalars --------------------------------------------------------------------------------------------------------
-
-
-def _scalars(a: Tree, b: Tree) -> Comparison:  # noqa: PLR0911 one return for each rule
-    """Exact arithmetic where both are rational, else the probe, else SymPy."""
-    if a == b:
-        return Comparison(True, "structure")
-    if _is_based(a) != _is_based(b):
-        return _numerals(a, b)
-    if any(node == INFINITY for tree in (a, b) for node in walk(tree)) and not _has_bounds(a) and not _has_bounds(b):
-        return Comparison(False, "structure")
-    is_huge = False
-    try:
-        exact_a, exact_b = exact_value(a), exact_value(b)
-        if exact_a is not None and exact_b is not None:
-            return Comparison(exact_a == exact_b, "rational")
-    except TooLargeError:
-        is_huge = True
-    except ZeroDivisionError:
-        return Comparison(False, "undefined")
-    match probe(a, b):
-        case Agreement.DIFFER:
-            return Comparison(False, "probe")
-        case Agreement.AGREE if not is_huge:
-            return Comparison(True, "probe")
-        case Agreement.UNKNOWN if not is_huge:
-            return Comparison(symbolically_equal(a, b), "sympy")
-    raise TooLargeError("magnitude")
-
-
-def _is_based(tree: Tree) -> bool:
-    return isinstance(tree, Call) and tree.head == "base"
-
-
-def _numerals(a: Tree, b: Tree) -> Comparison:
-    """`1011_2` against a number without a base: the same digits (the problem names the base), or the same value."""
-    based, other = (a, b) if _is_based(a) else (b, a)
-    assert isinstance(based, Call)
-    equals = exact_value(other) is not None and exact_value(other) in (exact_value(based), exact_value(based.args[0]))
-    return Comparison(equals, "numeral")
-
-
-def _has_bounds(tree: Tree) -> bool:
-    """True for sums, products and integrals, whose bounds may be infinite."""
-    return any(isinstance(node, Call) and node.head in ("sum", "prod", "int") for node in walk(tree))

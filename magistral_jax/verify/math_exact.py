@@ -32,6 +32,8 @@ def exact_value(tree: Tree) -> Fraction | None:
     match tree:
         case Num(value=value):
             return _bounded(value)
+        case Call(head="base", args=(_, _, value)):
+            return exact_value(value)
         case Call(head=head, args=args):
             values = [exact_value(arg) for arg in args]
             known = [value for value in values if value is not None]
@@ -81,7 +83,7 @@ def _integer_function(head: str, values: list[int]) -> Fraction | None:
             if min(k, n - k) * n.bit_length() > MAX_BITS:
                 raise TooLargeError(head)
             return Fraction(math.comb(n, k))
-        case "base", [numeral, base] if 2 <= base <= 10:
+        case "base", [numeral, base] if 2 <= base <= 36:
             digits = [int(digit) for digit in str(numeral)]
             if max(digits) < base:
                 return Fraction(sum(digit * base**place for place, digit in enumerate(reversed(digits))))

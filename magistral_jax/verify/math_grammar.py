@@ -1,7 +1,7 @@
 r"""The grammar that LaTeX and plain answers share: precedence, lists, relations, brackets.
 
     answer   = relation { ("," | ";" | "and" | "or") relation }
-    relation = union { ("=" | "<" | …) union }
+    relation = union { ("=" | "<" | …) union } [ "pmod" primary ]
     union    = sum ":" sum  |  sum { ("union" | "intersection" | "setminus") sum }
     sum      = product { ("+" | "-" | "pm") product }
     product  = unary { ["*" | "/" | "mod"] unary }        juxtaposition is multiplication
@@ -16,8 +16,8 @@ time linear in the tokens, and ends in `ParseError` for whatever is not in the g
 import abc
 from fractions import Fraction
 
-from magistral_jax.verify.math_tokens import END, Cursor, ParseError, Token
-from magistral_jax.verify.math_tree import Call, Group, Num, Relation, Series, Sym, Tree, integer
+from magistral_jax.verify.math_tokens import END, INVERSES, Cursor, ParseError, Token
+from magistral_jax.verify.math_tree import REALS, Call, Group, Num, Relation, Series, Sym, Tree, integer
 
 _CLOSING = {"(": ")", "[": "]", "{": "}", r"\{": r"\}"}
 _MINUS_ONE = Call("neg", (integer(1),))
@@ -29,16 +29,22 @@ class Grammar(Cursor, abc.ABC):
     def __init__(self, tokens: list[Token]) -> None:
         super().__init__(tokens)
         self._open_bars = 0  # inside |…|, where the next bar closes, and {… | …}
+        self._open_brackets = 0  # inside (…) and […], where `[` may close an interval
         self._open_integrals = 0  # inside an integral, where `d x` ends the integrand
 
     # ---- lists and relations ----------------------------------------------------------------------------------------
 
     def parse(self) -> Tree:
-        """The whole text as one answer."""
-        items = self._items(",", ";", "and", "or")
+        """The whole text as one answer. Where semicolons separate lists, `1, 2; 3, 4`, each of them is a tuple."""
+        rows = [self._items(",", "and", "or")]
+        while self.accept(";"):
+            self.accept("and", "or")
+            rows.append(self._items(",", "and", "or"))
         if self.peek() is not END:
             raise ParseError(f"unexpected {self.peek().value!r}")
-        return items[0] if len(items) == 1 else Series(tuple(items))
+        if len(rows) == 1:
+            return rows[0][0] if len(rows[0]) == 1 else Series(tuple(rows[0]))
+        return Series(tuple(row[0] if len(row) == 1 else Group("(", tuple(row), ")") for row in rows))
 
     def _items(self, *separators: str) -> list[Tree]:
         items = [self.relation()]
@@ -54,6 +60,9 @@ class Grammar(Cursor, abc.ABC):
         while operator := self.accept("=", "<", ">", "<=", ">=", "!=", "in", "approx"):
             operators.append(operator)
             sides.append(self._union())
+        if self.accept("pmod"):
+            modulus = self.primary()
+            sides[-1] = Group("mod", (Call("mod", (sides[-1], modulus)), modulus), "mod")
         return Relation(tuple(operators), tuple(sides)) if operators else sides[0]
 
     def _union(self) -> Tree:
@@ -69,10 +78,10 @@ class Grammar(Cursor, abc.ABC):
     def sum(self) -> Tree:
         """Terms with signs between them."""
         terms: list[Tree] = [self.product()]
-        while operator := self.accept("+", "-", "pm"):
+        while operator := self.accept("+", "-", "pm", "mp"):
             term = self.product()
-            if operator == "pm":
-                terms = [Call("pm", (_joined("add", terms), term))]
+            if operator in ("pm", "mp"):
+                terms = [Call(operator, (_joined("add", terms), term))]
             else:
                 terms.append(Call("neg", (term,)) if operator == "-" else term)
         return _joined("add", terms)
@@ -87,7 +96,7 @@ class Grammar(Cursor, abc.ABC):
                 head = "div" if operator == "/" else operator
                 factors = [Call(head, (_joined("mul", factors), self._unary()))]
             elif self._starts_factor():
-                if self.peek().kind == "number" and self.peek(-1).value != ")":
+                if self.peek().kind == "number" and self.peek(-1).value not in (")", "]", "}", "!"):
                     raise ParseError("a number after a factor")
                 factors.append(self.power())
             else:
@@ -95,14 +104,14 @@ class Grammar(Cursor, abc.ABC):
 
     def _unary(self) -> Tree:
         signs: list[str] = []
-        while sign := self.accept("+", "-", "pm"):
+        while sign := self.accept("+", "-", "pm", "mp"):
             signs.append(sign)
         tree = self.power()
         for sign in reversed(signs):
             if sign == "-":
                 tree = Call("neg", (tree,))
-            elif sign == "pm":
-                tree = Call("pm", (integer(0), tree))
+            elif sign != "+":
+                tree = Call(sign, (integer(0), tree))
         return tree
 
     def power(self) -> Tree:
@@ -157,7 +166,9 @@ class Grammar(Cursor, abc.ABC):
         if self._open_integrals and token == Token("name", "d") and self.peek(1).kind == "name":
             return False
         if token.kind == "operator":
-            return token.value in ("(", "{", r"\{") or (token.value == "|" and not self._open_bars)
+            if token.value == "|":
+                return not self._open_bars
+            return token.value in ("(", "{", r"\{") or (token.value == "[" and not self._open_brackets)
         return token.kind in ("number", "name", "function", "command", "text")
 
     # ---- parts for the primaries of the subclasses ------------------------------------------------------------------
@@ -182,27 +193,38 @@ class Grammar(Cursor, abc.ABC):
     def bracket(self, opening: str) -> Tree:
         r"""The rest of a bracket, after its opening.
 
-        One item in round, square or grouping brackets is that item. Closing brackets may differ from the opening one
-        (half-open intervals, also `[0, 1[`). A set with a condition, `{x | x > 2}`, is its condition.
+        One item in round, square or grouping brackets is that item; several in grouping brackets are a list. Closing
+        brackets may differ from the opening one (half-open intervals, also `[0, 1[`).
         """
         if opening == r"\{" and self.accept(r"\}"):
             return Group("{", (), "}")
         open_bars, self._open_bars = self._open_bars, int(opening == r"\{")
-        items = self._items(",", ";")
-        if opening == r"\{" and self.accept("|", ":"):
-            items = [self.relation()]
-            self.expect(r"\}")
-        elif opening in ("(", "[", "]"):
+        self._open_brackets += 1
+        items = self._items(",", ";", "and", "or")
+        if opening == r"\{":
+            tree = self._set_of(items)
+        elif opening == "{":
+            self.expect("}")
+            tree = items[0] if len(items) == 1 else Series(tuple(items))
+        else:
             closing = self.accept(")", "]", "[")
             if closing is None:
                 raise ParseError(f"{opening!r} is not closed")
-            items = [_interval_or_tuple(opening, items, closing)]
-        else:
-            self.expect(_CLOSING[opening])
-            if opening == r"\{":
-                items = [Group("{", tuple(items), "}")]
+            tree = _interval_or_tuple(opening, items, closing)
         self._open_bars = open_bars
-        return items[0] if len(items) == 1 else Group("(", tuple(items), ")")
+        self._open_brackets -= 1
+        return tree
+
+    def _set_of(self, items: list[Tree]) -> Tree:
+        """The rest of a set. With a condition on bare variables, `{x | x > 2}`, it is its condition."""
+        if not self.accept("|", ":"):
+            self.expect(r"\}")
+            return Group("{", tuple(items), "}")
+        conditions = self._items(",", ";", "and", "or")
+        self.expect(r"\}")
+        if len(items) == 1 and len(conditions) == 1 and _is_variable(items[0]):
+            return conditions[0]
+        return Call("where", (*items, *conditions))
 
     def bars(self) -> Tree:
         """The rest of an absolute value."""
@@ -220,13 +242,16 @@ class Grammar(Cursor, abc.ABC):
                 power = self.exponent()
             else:
                 base = self.subscript()
-        if power == _MINUS_ONE and name in ("sin", "cos", "tan"):
-            name, power = "arc" + name, None
-        tree = Call(name, self._arguments() if base is None else (*self._arguments(), base))
+        if power == _MINUS_ONE and name in INVERSES:
+            name, power = INVERSES[name], None
+        arguments = self._arguments()
+        if name == "lg":
+            name, base = "log", integer(10)
+        tree = Call(name, arguments if base is None else (*arguments, base))
         return tree if power is None else Call("pow", (tree, power))
 
     def _arguments(self) -> tuple[Tree, ...]:
-        if opening := self.accept("(", "{"):
+        if opening := self.accept("(", "{", r"\{"):
             open_bars, self._open_bars = self._open_bars, 0
             items = self._items(",", ";")
             self.expect(_CLOSING[opening])
@@ -245,6 +270,16 @@ def _joined(head: str, parts: list[Tree]) -> Tree:
 def number(text: str) -> Num:
     """A literal as an exact number."""
     return Num(Fraction(text))
+
+
+def _is_variable(tree: Tree) -> bool:
+    r"""`x`, `x \in \mathbb{R}`, `(x, y)`."""
+    match tree:
+        case Relation(operators=("in",), sides=(Sym(), collection)):
+            return collection == REALS
+        case Group(opening="(", items=items):
+            return all(isinstance(item, Sym) for item in items)
+    return isinstance(tree, Sym)
 
 
 def _interval_or_tuple(opening: str, items: list[Tree], closing: str) -> Tree:

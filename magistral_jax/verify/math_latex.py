@@ -1,46 +1,36 @@
 r"""The LaTeX grammar of answers: `\frac{\sqrt{3}}{2}`, `\left[0, \infty\right)`, matrices, sums."""
 
 import re
-from fractions import Fraction
 
 from magistral_jax.verify.math_grammar import Grammar, number
-from magistral_jax.verify.math_tokens import FUNCTIONS, SYMBOLS, ParseError, Token
-from magistral_jax.verify.math_tree import EMPTY_SET, REALS, Call, Group, Matrix, Num, Sym, Tree, integer
+from magistral_jax.verify.math_tokens import FUNCTIONS, SYMBOLS, ParseError, Token, scan
+from magistral_jax.verify.math_tree import EMPTY_SET, REALS, Call, Group, I, Matrix, Num, Sym, Tree, integer, renamed
 
 _TOKEN = re.compile(
     r"\s*(?:"
-    r"(?P<number>\d+(?:\.\d+|\.(?=\s*\\overline))?|\.\d+)"
+    r"(?P<number>\d+(?:\.\d+)?|\.\d+)"
     r"|(?P<text>\\text\s*\{(?P<content>[^{}]*)\})"
     r"|(?P<environment>\\(?P<edge>begin|end)\s*\{(?P<kind>[A-Za-z]+)\*?\}(?:\s*\{[clr|\s]*\})?)"
     r"|(?P<command>\\(?:[A-Za-z]+|[\\{}|]))"
     r"|(?P<letters>[A-Za-z]+)"
-    r"|(?P<operator>[-+*/^_()\[\]{}|=<>!%,;:'&])"
+    r"|(?P<operator><=|>=|!=(?!=)|\*\*|[-+*/^_()\[\]{}|=<>!%,;:'&])"
     r")"
 )
 _OPERATORS = {
-    "cdot": "*", "times": "*", "ast": "*", "div": "/", "bmod": "mod", "pm": "pm", "mp": "pm", "le": "<=", "ge": ">=",
-    "ne": "!=", "in": "in", "cup": "union", "cap": "intersection", "setminus": "setminus", "degree": "degree",
+    "cdot": "*", "times": "*", "ast": "*", "div": "/", "bmod": "mod", "pmod": "pmod", "mod": "pmod", "pm": "pm",
+    "mp": "mp", "le": "<=", "ge": ">=", "ne": "!=", "equiv": "=", "approx": "approx", "in": "in", "cup": "union",
+    "cap": "intersection", "setminus": "setminus", "degree": "degree", "prime": "'", "lor": "or", "land": "and",
     "{": r"\{", "}": r"\}", "|": "|", "\\": "row", "rfloor": "rfloor", "rceil": "rceil", "rangle": "rangle",
-    "prime": "'", "lor": "or", "land": "and", "colon": ":", "approx": "approx",
+    "colon": ":",
 }  # fmt: skip
+_DOTS = frozenset({"ldots", "dots", "cdots", "dotsc", "dotsb", "vdots"})
+_INDEX = Sym("index")
 _MATRICES = frozenset({"matrix", "pmatrix", "bmatrix", "Bmatrix", "smallmatrix", "array", "cases"})
 
 
 def parse_latex(text: str) -> Tree:
     """Parse a normalised answer. Raises `ParseError` where it is not LaTeX mathematics."""
-    return _LatexGrammar(_tokens(text)).parse()
-
-
-def _tokens(text: str) -> list[Token]:
-    tokens: list[Token] = []
-    position, text = 0, text.rstrip()
-    while position < len(text):
-        match = _TOKEN.match(text, position)
-        if match is None:
-            raise ParseError(f"{text[position]!r} is not LaTeX mathematics")
-        position = match.end()
-        tokens.extend(_tokens_of(match))
-    return tokens
+    return _LatexGrammar(scan(text, _TOKEN, _tokens_of)).parse()
 
 
 def _tokens_of(match: re.Match[str]) -> list[Token]:  # noqa: PLR0911 one return for each kind
@@ -48,16 +38,26 @@ def _tokens_of(match: re.Match[str]) -> list[Token]:  # noqa: PLR0911 one return
         return [Token("number", match["number"])]
     if match["text"]:
         content = match["content"].strip()
-        return [Token("operator" if content in ("and", "or") else "text", content)] if content else []
+        if re.fullmatch(r"\d+(?:\.\d+)?", content):
+            return [Token("number", content)]
+        if content.strip(" ,;") in ("and", "or"):
+            return (
+                [Token("operator", ","), Token("operator", "and")]
+                if content[0] in ",;"
+                else [Token("operator", content)]
+            )
+        return [Token("text", content)] if content else []
     if match["environment"]:
         return [Token("command" if match["edge"] == "begin" else "operator", f"{match['edge']} {match['kind']}")]
     if match["letters"]:
         word = match["letters"]
-        if word in FUNCTIONS or word == "sqrt":  # written without its backslash
+        if word in FUNCTIONS:  # written without its backslash
             return [Token("function", word)]
+        if word == "sqrt":
+            return [Token("command", word)]
         return [Token("operator", word)] if word in ("and", "or") else [Token("name", letter) for letter in word]
     if match["operator"]:
-        return [Token("operator", match["operator"])]
+        return [Token("operator", "^" if match["operator"] == "**" else match["operator"])]
     name = match["command"][1:]
     if name in _OPERATORS:
         return [Token("operator", _OPERATORS[name])]
@@ -94,8 +94,6 @@ class _LatexGrammar(Grammar):
 
     def _number(self, literal: str) -> Tree:
         tree = number(literal)
-        if self.peek() == Token("command", "overline") and "." in literal:
-            return self._repeating_decimal(literal)
         if self.peek() != Token("command", "frac"):
             return tree
         start = self._position
@@ -107,18 +105,7 @@ class _LatexGrammar(Grammar):
         self._position = start
         return tree
 
-    def _repeating_decimal(self, literal: str) -> Tree:
-        self.next()
-        self.expect("{")
-        period = self.next()
-        self.expect("}")
-        if period.kind != "number" or not period.value.isdigit():
-            raise ParseError("digits expected under the line")
-        num_digits, num_repeated = len(literal.partition(".")[2]), len(period.value)
-        tail = Fraction(int(period.value), (10**num_repeated - 1) * 10**num_digits)
-        return Num(number(literal).value + tail)
-
-    def _command(self, name: str) -> Tree:  # noqa: PLR0911 one return for each command
+    def _command(self, name: str) -> Tree:  # noqa: PLR0911 one return for each kind
         match name:
             case "frac":
                 return self._fraction()
@@ -145,16 +132,17 @@ class _LatexGrammar(Grammar):
                 return self._big_operator(name)
             case "int":
                 return self._integral()
-            case "dollar":
-                return self.primary()
-        if name.startswith("begin "):
-            return self._matrix(name.removeprefix("begin "))
-        raise ParseError(f"the command {name!r} is not known")
+            case "dollar":  # a unit, before or after its number
+                return self.primary() if self.peek().kind == "number" else integer(1)
+            case _ if name.startswith("begin "):
+                return self._matrix(name.removeprefix("begin "))
+        # A command that is not known is a symbol: it equals itself and nothing else.
+        return Sym("…" if name in _DOTS else name)
 
     def _argument(self) -> Tree:
         r"""A group, or the next digit, letter or command: `\frac12` is one half."""
         token = self.peek()
-        if token.kind == "number" and len(token.value) > 1:
+        if token.kind == "number" and token.value[1:] and token.value[0] != ".":
             self._tokens[self._position] = Token("number", token.value[1:])
             return number(token.value[0])
         return self.primary()
@@ -163,11 +151,11 @@ class _LatexGrammar(Grammar):
         return Call("div", (self._argument(), self._argument()))
 
     def _root(self) -> Tree:
+        degree: Tree = integer(2)
         if self.accept("["):
             degree = self.sum()
             self.expect("]")
-            return Call("root", (self._argument(), degree))
-        return Call("root", (self._argument(), integer(2)))
+        return Call("root", (self.primary(), degree))
 
     def _decorated(self, name: str) -> Tree:
         start = self._position
@@ -187,7 +175,10 @@ class _LatexGrammar(Grammar):
         self.expect("}")
         self.expect("^")
         high = self.exponent()
-        return Call(name, (self.product(), index, low, high))
+        body = self.product()
+        if index == I:  # an index, not the imaginary unit
+            index, body = _INDEX, renamed(body, I, _INDEX)
+        return Call(name, (body, index, low, high))
 
     def _integral(self) -> Tree:
         self.expect("_")

@@ -3,7 +3,7 @@
 import re
 
 from magistral_jax.verify.math_grammar import Grammar, number
-from magistral_jax.verify.math_tokens import FUNCTIONS, SYMBOLS, ParseError, Token
+from magistral_jax.verify.math_tokens import FUNCTIONS, INVERSES, SYMBOLS, ParseError, Token, scan
 from magistral_jax.verify.math_tree import Call, Sym, Tree, integer
 
 _TOKEN = re.compile(
@@ -24,32 +24,23 @@ _WORD_OPERATORS = {
     "U": "union",
     "degrees": "degree",
 }
-_SAME_FUNCTION = {"asin": "arcsin", "acos": "arccos", "atan": "arctan", "ceiling": "ceil"}
+_SAME_FUNCTION = {"ceiling": "ceil", "sign": "sgn"} | {"a" + name: inverse for name, inverse in INVERSES.items()}
 _ROOTS = {"sqrt": 2, "cbrt": 3}
 _LONGEST_PRODUCT = 3  # letters: `xyz` is a product, a longer word is a name
 
 
 def parse_plain(text: str) -> Tree:
     """Parse a normalised answer. Raises `ParseError` where it is not an expression."""
-    return _PlainGrammar(_tokens(text)).parse()
+    return _PlainGrammar(scan(text, _TOKEN, _tokens_of)).parse()
 
 
-def _tokens(text: str) -> list[Token]:
-    tokens: list[Token] = []
-    position, text = 0, text.rstrip()
-    while position < len(text):
-        match = _TOKEN.match(text, position)
-        if match is None:
-            raise ParseError(f"{text[position]!r} is not in a plain expression")
-        position = match.end()
-        if match["word"]:
-            tokens.extend(_tokens_of_word(match["word"]))
-        elif match["operator"]:
-            tokens.append(Token("operator", _OPERATORS.get(match["operator"], match["operator"])))
-        else:
-            kind = "mixed" if match["mixed"] else "number"
-            tokens.append(Token(kind, match[kind]))
-    return tokens
+def _tokens_of(match: re.Match[str]) -> list[Token]:
+    if match["word"]:
+        return _tokens_of_word(match["word"])
+    if match["operator"]:
+        return [Token("operator", _OPERATORS.get(match["operator"], match["operator"]))]
+    kind = "mixed" if match["mixed"] else "number"
+    return [Token(kind, match[kind])]
 
 
 def _tokens_of_word(word: str) -> list[Token]:

@@ -1,14 +1,17 @@
 """Equality of expressions by SymPy, for what neither exact arithmetic nor probing decides: sums, products, integrals.
 
 This is the only place that builds SymPy objects. They are built from our own trees, never parsed from text (SymPy's
-parsers execute Python), and never printed (printing alone can hang). Simplifying has no bound of its own: it runs in a
-worker that is killed at its deadline.
+parsers execute Python), and never printed (printing alone can hang). Simplifying has no bound of its own: who calls it
+sets a `cpu_limit`.
 """
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
+from magistral_jax.verify.cpu_limit import without_limit
 from magistral_jax.verify.math_exact import TooLargeError, exact_value
+from magistral_jax.verify.math_tokens import INVERSES
 from magistral_jax.verify.math_tree import Call, Num, Sym, Tree, walk
 
 _MAX_EXPONENT = 1_000
@@ -20,15 +23,25 @@ def symbolically_equal(a: Tree, b: Tree) -> bool:
     Raises:
       TooLargeError: An exponent or a number in the trees is so large that evaluating it is not worth trying.
     """
-    import sympy
-
     for tree in (a, b):
         _check_size(tree)
+    sympy = _load_sympy()
     try:
         difference = (_build(a, sympy) - _build(b, sympy)).doit()
         return bool(difference == 0 or sympy.simplify(difference) == 0)
-    except (ArithmeticError, ValueError, TypeError, AttributeError, NotImplementedError, KeyError):
+    except (ArithmeticError, ValueError, TypeError, AttributeError, NotImplementedError, KeyError, RecursionError):
         return False  # SymPy gave up, in one of its many ways
+
+
+@functools.cache
+def _load_sympy() -> Any:
+    """The module, with what it imports on first use, at nobody's expense."""
+    with without_limit():
+        import sympy
+
+        n, k, x = sympy.symbols("n k x")
+        sympy.simplify(sympy.Sum(k, (k, 1, n)).doit() + sympy.Integral(x, (x, 0, n)).doit())
+    return sympy
 
 
 def _check_size(tree: Tree) -> None:
@@ -78,10 +91,10 @@ _OPERATIONS: dict[str, Callable[..., Any]] = {
     "int": lambda sympy, body, variable, low, high: sympy.Integral(body, (variable, low, high)),
 }
 _NAMES = {
-    "arcsin": "asin", "arccos": "acos", "arctan": "atan", "ln": "log", "abs": "Abs", "fact": "factorial",
-    "binom": "binomial", "ceil": "ceiling", "min": "Min", "max": "Max", "mod": "Mod",
-}  # fmt: skip
+    "abs": "Abs", "fact": "factorial", "binom": "binomial", "ceil": "ceiling", "ln": "log", "min": "Min", "max": "Max",
+    "mod": "Mod", "sgn": "sign",
+} | {inverse: "a" + name for name, inverse in INVERSES.items()}  # fmt: skip
 _FUNCTIONS = frozenset({
-    "sin", "cos", "tan", "cot", "sec", "csc", "asin", "acos", "atan", "sinh", "cosh", "tanh", "exp", "log", "root",
-    "Abs", "floor", "ceiling", "factorial", "binomial", "gcd", "lcm", "Min", "Max", "Mod",
+    *INVERSES, *("a" + name for name in INVERSES), "exp", "log", "root", "Abs", "sign", "floor", "ceiling", "factorial",
+    "binomial", "gcd", "lcm", "Min", "Max", "Mod",
 })  # fmt: skip

@@ -2,13 +2,19 @@
 
 import contextlib
 import dataclasses
-from collections.abc import Iterator
+import re
+from collections.abc import Callable, Iterable, Iterator
 
 from magistral_jax.verify.math_tree import INFINITY, Sym
 
+_INVERTIBLE = (
+    "sin", "cos", "tan", "cot", "sec", "csc", "sinh", "cosh", "tanh", "coth", "sech", "csch",
+)  # fmt: skip
+INVERSES = {name: "arc" + name for name in _INVERTIBLE}
+"""What a function to the power of −1 is."""
 FUNCTIONS = frozenset({
-    "sin", "cos", "tan", "cot", "sec", "csc", "arcsin", "arccos", "arctan", "sinh", "cosh", "tanh", "exp", "ln", "log",
-    "abs", "floor", "ceil", "gcd", "lcm", "min", "max",
+    *INVERSES, *INVERSES.values(), "exp", "ln", "log", "lg", "cis", "abs", "sgn", "floor", "ceil", "gcd", "lcm", "min",
+    "max",
 })  # fmt: skip
 """Names that take arguments."""
 _INFINITY_NAMES = ("infty", "infinity", "inf", "oo")
@@ -34,6 +40,23 @@ class Token:
 
     kind: str
     value: str
+
+
+def scan(text: str, pattern: re.Pattern[str], read: Callable[[re.Match[str]], Iterable[Token]]) -> list[Token]:
+    """The tokens of a text: one match of the pattern behind the other, each read as any number of tokens.
+
+    Raises:
+      ParseError: The pattern does not match somewhere.
+    """
+    tokens: list[Token] = []
+    position, text = 0, text.rstrip()
+    while position < len(text):
+        match = pattern.match(text, position)
+        if match is None:
+            raise ParseError(f"{text[position]!r} is not in the grammar")
+        tokens.extend(read(match))
+        position = match.end()
+    return tokens
 
 
 END = Token("end", "")

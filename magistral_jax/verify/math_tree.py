@@ -4,7 +4,7 @@ Nothing is evaluated when a tree is built, so a tree of `9^{9^{9^9}}` is as chea
 """
 
 import dataclasses
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from fractions import Fraction
 
 
@@ -116,6 +116,45 @@ def variables(tree: Tree) -> frozenset[str]:
     return frozenset(node.name for node in walk(tree) if isinstance(node, Sym) and node not in CONSTANTS)
 
 
+def mapped(tree: Tree, change: Callable[[Tree], Tree]) -> Tree:
+    """The tree with its direct parts changed."""
+    match tree:
+        case Call(args=parts):
+            return dataclasses.replace(tree, args=tuple(map(change, parts)))
+        case Group(items=parts) | Series(items=parts):
+            return dataclasses.replace(tree, items=tuple(map(change, parts)))
+        case Relation(sides=parts):
+            return dataclasses.replace(tree, sides=tuple(map(change, parts)))
+        case Matrix(rows=rows):
+            return Matrix(tuple(tuple(map(change, row)) for row in rows))
+    return tree
+
+
+def renamed(tree: Tree, old: Sym, new: Sym) -> Tree:
+    """The tree with one symbol for another."""
+    return new if tree == old else mapped(tree, lambda part: renamed(part, old, new))
+
+
 def is_scalar(tree: Tree) -> bool:
     """True where the tree is built of numbers, symbols and operations alone."""
     return all(isinstance(node, Num | Sym | Call) for node in walk(tree))
+
+
+_OF_A_NAME = frozenset({"abs", "sin", "cos", "tan", "cot", "sec", "csc", "ln", "log", "arcsin", "arccos", "arctan"})
+
+
+def is_name(tree: Tree) -> bool:
+    r"""What an equation gives a value to: `x`, `f(2)`, `\angle A`, `AB : CD`, `|z|`, `\sin A`, `(x, y)`."""
+    match tree:
+        case Sym():
+            return tree not in (PI, INFINITY)
+        case Call(head="mul", args=(first, *rest)):  # f(x) is read as a product; "maximum at" x is none
+            is_text = any(isinstance(part, Sym) and part.name.startswith('"') for part in (first, *rest))
+            return is_name(first) and not is_text and all(isinstance(p, Num | Relation) or is_name(p) for p in rest)
+        case Call(head="pow", args=(Sym(), Call(head="neg", args=(Num(value=1),)))):  # f⁻¹
+            return True
+        case Call(head="div", args=parts) | Group(opening="(", items=parts):
+            return all(is_name(part) for part in parts)
+        case Call(head=head, args=(inner,)) if head in _OF_A_NAME:
+            return is_name(inner)
+    return False

@@ -113,6 +113,18 @@ def test_given_traces_are_learnt(
     assert "started with other data" in refusal("sft", settings, "--resume")
 
 
+def test_a_trace_that_fits_in_no_row_is_named_before_the_folder_is_a_run(
+    traces: pathlib.Path, tmp_path: pathlib.Path, refusal: Callable[..., str]
+):
+    with traces.open("a") as file:
+        file.write(json.dumps({"problem": "What is one?", "completion": "<think>" + "1" * 500 + "</think>"}) + "\n")
+    folder = tmp_path / "run"
+    sentence = refusal("sft", SETTINGS | {"run.folder": folder, "sft.traces": traces, "data.train": ""})
+    assert "The trace of problem traces:3 has 5" in sentence
+    assert "`batch.row_tokens`" in sentence
+    assert not folder.exists()
+
+
 def test_no_traces_and_no_problems_is_said(tmp_path: pathlib.Path, refusal: Callable[..., str]):
     sentence = refusal("sft", SETTINGS | {"run.folder": tmp_path / "run", "data.train": ""})
     assert "Neither `sft.traces` nor `data.train` is given" in sentence

@@ -220,6 +220,9 @@ def test_ctrl_c_saves_and_resume_goes_on(tiny: Any, tmp_path: pathlib.Path, caps
     assert counts == dict.fromkeys(range(1, stopped_at + 3), BATCH)
     found = summary(folder)
     assert found["steps"] == stopped_at + 2
+    clock = [line["wall_seconds"] for line in lines(folder, "metrics.jsonl")]  # goes on where the stop left it
+    assert clock == sorted(clock)
+    assert found["wall_seconds"] > clock[-1]
     assert found["trained"] == (stopped_at + 2) * BATCH
     assert found["dispatched"] == found["trained"] + sum(found["dropped"].values())
     # What was on its way at the stop comes first, before anything new.
@@ -324,6 +327,21 @@ CACHE = {
     "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
     "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "-1",
 }
+
+
+# --- generators elsewhere --------------------------------------------------------------------------------------------
+
+
+def test_generators_may_be_processes_and_threads_again_after_a_resume(tiny: Any, tmp_path: pathlib.Path):
+    folder = tmp_path / "run"
+    small = {"run.folder": folder, "evaluation.num_samples": 1, "data.num_evaluation": 1}
+    tiny.run("train", small | {"generation.where": "process", "schedule.num_steps": 1})
+    (line,) = lines(folder, "metrics.jsonl")
+    assert line["logprob_gap"] < 1e-4  # what the process sampled is what the trainer computes
+    assert line["generators_lost"] == 0
+    assert (folder / "generator_0.log").exists()
+    tiny.run("train", small | {"schedule.num_steps": 2}, "--resume")
+    assert [line["step"] for line in lines(folder, "metrics.jsonl")] == [1, 2]
 
 
 # --- ablations -------------------------------------------------------------------------------------------------------

@@ -32,6 +32,14 @@ def test_without_template_the_system_message_stands_first():
     assert BYTES.decode(prompt.token_ids) == prompt.text
 
 
+def test_each_problem_gets_the_system_message_of_its_kind():
+    for kind in ("math", "code"):
+        task = Problem("p", "2+2", "4", kind)
+        assert build_prompt(task, BYTES, "auto").text == build_prompt(task, BYTES, kind).text
+        assert system_message(kind, TAGS) in build_prompt(task, BYTES, "auto").text
+    assert build_prompt(Problem("p", "2+2", "4", "code"), BYTES, "none").text == "<bos>2+2\n"
+
+
 def test_system_messages_say_what_the_format_check_asks_for():
     math, code = system_message("math", TAGS), system_message("code", TAGS)
     for text in (math, code):

@@ -36,6 +36,28 @@ def test_rows_of_json_lines(tmp_path: pathlib.Path):
     ]
 
 
+def test_a_row_with_tests_and_without_an_answer_is_code(tmp_path: pathlib.Path):
+    tests = [{"input": "1", "output": "2"}]
+    rows = [
+        {"problem": "a", "tests": tests},
+        {"problem": "b", "tests": tests, "answer": "2"},
+        {"problem": "c", "tests": tests, "answer": None, "kind": None},
+        {"problem": "d", "tests": tests, "kind": "math", "answer": "2"},
+    ]
+    problems = load_problems(write_jsonl(tmp_path / "mixed.jsonl", rows), 0, 0)
+    assert [problem.kind for problem in problems] == ["code", "math", "code", "math"]
+    assert all(problem.extra == {"tests": tests} for problem in problems)
+
+
+def test_tests_of_parquet_rows(tmp_path: pathlib.Path):
+    tests = [{"input": "1\n", "output": "2\n"}]
+    table = pa.table({"problem": ["a", "1+1"], "tests": [tests, None], "answer": [None, "2"]})
+    pyarrow.parquet.write_table(table, tmp_path / "mixed.parquet")
+    code, math = load_problems(str(tmp_path / "mixed.parquet"), 0, 0)
+    assert (code.kind, code.answer, code.extra) == ("code", "", {"tests": tests})
+    assert (math.kind, math.answer, math.extra) == ("math", "2", {"tests": None})
+
+
 def test_blank_lines_are_passed_over_and_counted(tmp_path: pathlib.Path):
     path = tmp_path / "math.jsonl"
     path.write_text('\n{"problem": "é", "answer": "2"}\n\n', encoding="utf-8")

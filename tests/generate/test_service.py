@@ -8,7 +8,8 @@ from typing import Any
 import pytest
 
 from magistral_jax.generate.batching import ContinuousBatcher
-from magistral_jax.generate.service import GeneratorThread, GeneratorUsage
+from magistral_jax.generate.handle import GeneratorUsage, Reports
+from magistral_jax.generate.service import GeneratorThread
 from magistral_jax.policy.fingerprint import fingerprint
 from magistral_jax.records import MagistralError, Rollout, WeightVersion
 
@@ -22,9 +23,11 @@ class Recorder:
         self.reports: queue.SimpleQueue[Any] = queue.SimpleQueue()
         self.thread = GeneratorThread(
             batcher,
-            on_rollout=on_rollout or self.reports.put,
-            on_weights=self.reports.put,
-            on_failure=self.reports.put,
+            Reports(
+                on_rollout=on_rollout or self.reports.put,
+                on_weights=self.reports.put,
+                on_failure=self.reports.put,
+            ),
         )
 
     def collect(self, num_rollouts: int) -> list[Any]:
@@ -104,6 +107,21 @@ def test_weights_that_are_replaced_before_their_turn_get_no_receipt(tiny: Any, r
     assert recorder.reports.get(timeout=DEADLINE) == WeightVersion(1, fingerprint(tiny.params(1)))
     recorder.thread.stop(DEADLINE)
     assert recorder.reports.empty()
+
+
+def test_a_fingerprint_that_is_known_is_believed_only_of_what_the_engine_holds(
+    tiny: Any, record: Callable[..., Recorder]
+):
+    class Other(ContinuousBatcher):
+        def set_weights(self, params: dict[str, Any], version: int) -> None:
+            super().set_weights(tiny.params(1), version)
+
+    recorder = record(tiny.batcher(weights=False))
+    recorder.thread.set_weights(tiny.params(0), 0, 77)
+    assert recorder.reports.get(timeout=DEADLINE) == WeightVersion(0, 77)
+    recorder = record(Other(tiny.model, tiny.engine, (0,), 0))
+    recorder.thread.set_weights(tiny.params(0), 0, 77)
+    assert recorder.reports.get(timeout=DEADLINE) == WeightVersion(0, fingerprint(tiny.params(1)))
 
 
 def test_the_meter_adds_up(tiny: Any, record: Callable[..., Recorder]):

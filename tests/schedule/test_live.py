@@ -4,11 +4,13 @@ import os
 import signal
 import threading
 import time
+import typing
 from collections.abc import Callable
 from typing import Any
 
 import pytest
 
+from magistral_jax.generate.handle import Notice
 from magistral_jax.records import WeightVersion
 from magistral_jax.schedule import machine
 from magistral_jax.schedule.live import Inbox, RoleFailed, RoleFailedError, drive
@@ -36,6 +38,7 @@ class Cast:
         self.actions: list[Any] = []
         self.events: list[machine.Event] = []
         self.receipts: list[WeightVersion] = []
+        self.notices: list[Notice] = []
 
     def act(self, state: State, action: machine.Action) -> None:
         self.actions.append(action)
@@ -66,6 +69,7 @@ class Cast:
             self.inbox,
             act=self.act,
             on_receipt=self.receipts.append,
+            on_notice=self.notices.append,
             record=self.events.append,
             deadline=deadline,
         )
@@ -86,6 +90,14 @@ def test_a_run_of_willing_roles():
     for event in cast.events:
         replayed, _ = machine.step(RULES, replayed, event)
     assert replayed == state
+
+
+def test_a_mishap_that_was_dealt_with_is_told_and_changes_nothing():
+    notice = Notice("generator_lost", 1, "Generator 1 was killed.")
+    cast = Cast({machine.Train: lambda action: [notice, machine.Trained()]})
+    assert cast.drive().num_done == 3
+    assert cast.notices == 3 * [notice]
+    assert {type(event) for event in cast.events} <= set(typing.get_args(machine.Event))
 
 
 def test_an_event_is_recorded_before_it_has_effects():
@@ -178,6 +190,7 @@ def test_a_receipt_that_is_refused_ends_the_run():
             (cast.inbox.put(machine.Started()), cast.inbox)[1],
             act=cast.act,
             on_receipt=refuse,
+            on_notice=cast.notices.append,
             record=cast.events.append,
             deadline=PATIENCE,
         )

@@ -5,9 +5,13 @@ Whatever the verifiers' delays, nothing is lost or doubled; whoever fails, the r
 
 import collections
 import dataclasses
+import functools
 import json
+import os
 import pathlib
 import random
+import re
+import signal
 import threading
 import time
 from collections.abc import Callable, Sequence
@@ -19,18 +23,24 @@ import numpy as np
 import pytest
 
 from magistral_jax.checkpoint import Checkpoints
-from magistral_jax.generate.batching import ContinuousBatcher
+from magistral_jax.generate.batching import ContinuousBatcher, GenerationRequest
 from magistral_jax.generate.config import GenerationConfig
+from magistral_jax.generate.fleet import GeneratorFleet
+from magistral_jax.generate.handle import Generator, Reports
+from magistral_jax.generate.messages import EngineSettings
+from magistral_jax.generate.process import GeneratorProcess
+from magistral_jax.generate.service import GeneratorThread
 from magistral_jax.metrics import MetricsWriter, RolloutWriter, read_json_lines
 from magistral_jax.policy.config import ModelConfig
 from magistral_jax.policy.transformer import init_params
 from magistral_jax.publish.same_process import make_publish
+from magistral_jax.publish.shared_memory import SharedWeights
 from magistral_jax.pytrees import TrainState
 from magistral_jax.records import Graded, MagistralError, Problem, Prompt, Reward, SamplingParams, Verdict
 from magistral_jax.schedule.live import RoleFailedError
 from magistral_jax.schedule.loop import AsyncLoop, Stages, Update
 from magistral_jax.schedule.machine import Rules, State, StopRequested, from_saved
-from magistral_jax.verify.pool import VerifierPool, VerifyItem
+from magistral_jax.verify.pool import PoolMetrics, VerifierPool, VerifyItem
 
 MODEL = ModelConfig(vocab_size=20, d_model=16, num_layers=1, num_heads=2, num_kv_heads=1, head_dim=8, d_ff=16)
 ENGINE = GenerationConfig(
@@ -89,6 +99,11 @@ class FakePool(VerifierPool):
         self.is_cancelled = True
         return 0
 
+    def metrics(self) -> PoolMetrics:
+        """As if each completion had waited for 2 s, been graded for 3 s, and killed a worker."""
+        num = len(self.submitted)
+        return PoolMetrics(num_graded=num, queue_seconds=2.0 * num, verify_seconds=3.0 * num, num_kills=num)
+
     def close(self) -> None:
         self.is_closed = True
         for timer in self._timers:
@@ -135,11 +150,13 @@ class Run:
         train_state: TrainState | None = None,
         deadline: float = PATIENCE,
         batcher: ContinuousBatcher | None = None,
+        make_generator: Callable[[Reports], Generator] | None = None,
         resumed_step: int | None = None,
     ) -> None:
         self.folder, self.rules = folder, dataclasses.replace(RULES, num_steps=num_steps)
         folder.mkdir(exist_ok=True)
         self.batches: list[tuple[int, list[Any]]] = []  # (version, groups) of each update
+        self.warnings: list[str] = []
         self.checkpoints = FakeCheckpoints()
         self.pool: FakePool | None = None
         self.batcher = batcher or ContinuousBatcher(MODEL, ENGINE, (0, 1), seed=3)
@@ -157,7 +174,7 @@ class Run:
             decode=lambda ids: " ".join(map(str, ids)),
             extract_answer=lambda text: text[-1:],
             sampling=SamplingParams(1.0, 1.0, 0, ENGINE.max_new_tokens),
-            batcher=self.batcher,
+            make_generator=make_generator or functools.partial(GeneratorThread, self.batcher),
             make_verifiers=make_verifiers,
             update=update or self.update,
             publish=PUBLISH,
@@ -165,8 +182,14 @@ class Run:
             metrics=self.metrics,
             rollouts=self.rollouts,
             on_step=lambda step, metrics: None,
+            warn=self.warn,
         )
         self.loop = AsyncLoop(self.rules, schedule or State(), state, stages, folder=folder, deadline=deadline)
+
+    def warn(self, sentence: str) -> None:
+        """The user reads it and gives up."""
+        self.warnings.append(sentence)
+        self.loop.inbox.put(StopRequested())
 
     @staticmethod
     def prompt_at(cursor: int) -> Prompt:
@@ -242,6 +265,8 @@ def check_books(run: Run, state: State) -> None:
     sampled = {g.rollout.request_id: g.rollout for _, groups in run.batches for group in groups for g in group}
     for item in run.pool.submitted:
         assert item.problem.id == f"p{item.request_id // rules.group_size}"
+        assert (item.group, item.group_size) == (item.request_id // rules.group_size, rules.group_size)
+        assert item.test_seed == item.group  # so all completions of a group get the same tests
         if item.request_id in sampled:
             rollout = sampled[item.request_id]
             assert item.completion == " ".join(map(str, rollout.completion_ids))
@@ -266,6 +291,15 @@ def test_a_verifiers_failure_is_never_a_reward(usual: tuple[Run, State]):
         assert reward == (None if request_id % 6 == 3 else pytest.approx(0.1 + 0.9 * (request_id % 2)))
 
 
+def test_a_policy_that_is_never_rewarded_is_not_left_to_itself(tmp_path: pathlib.Path):
+    run = Run(tmp_path, judge=lambda request_id: Verdict.WRONG)
+    state = run.run()
+    assert state.num_done == 0
+    assert state.counts["zero_variance"] >= 4 * RULES.batch_size
+    assert "groups in a row were filtered" in run.warnings[0]
+    assert "never rewarded" in run.warnings[0]
+
+
 def test_tokens_carry_the_version_that_sampled_them(usual: tuple[Run, State]):
     run, _ = usual
     seen = collections.Counter()
@@ -284,6 +318,7 @@ def test_tokens_carry_the_version_that_sampled_them(usual: tuple[Run, State]):
 
 def test_what_is_written_is_what_was_trained(usual: tuple[Run, State]):
     run, state = usual
+    assert run.pool is not None
     metrics, rollouts = run.lines("metrics.jsonl"), run.lines("rollouts.jsonl")
     assert [line["step"] for line in metrics] == [1, 2, 3, 4]
     trained = [graded for _, groups in run.batches for group in groups for graded in group]
@@ -299,6 +334,8 @@ def test_what_is_written_is_what_was_trained(usual: tuple[Run, State]):
         assert line["step_seconds"] >= line["train_seconds"] >= 0
         assert 0 <= line["in_flight"] <= RULES.num_async
         assert line.get("total_trained", 0) == 4 * version
+        assert (line["verify_queue_seconds"], line["verify_seconds"]) in ((2.0, 3.0), (0.0, 0.0))  # 0: none was graded
+    assert sum(line["verifier_kills"] for line in metrics) <= len(run.pool.submitted)
     assert state.counts["trained"] == 16
     log = run.lines("events.jsonl")
     assert collections.Counter(event["event"] for event in log)["Trained"] == 4
@@ -314,6 +351,67 @@ def test_checkpoints_hold_the_weights_of_their_step(usual: tuple[Run, State]):
         expected = jax.tree.map(lambda leaf, factor=factor: np.asarray(leaf) * factor, PARAMS)
         jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5), params, expected)
         assert schedule["num_done"] == step
+
+
+# --- generators in processes -----------------------------------------------------------------------------------------
+
+
+class Killing(GeneratorFleet):
+    """Kills a generator that is at work, just when it has been given another group."""
+
+    killed: int | None = None
+
+    def submit(self, requests: Sequence[GenerationRequest]) -> None:
+        before = [process.num_unfinished for process in self.processes]
+        super().submit(requests)
+        (chosen,) = (p for p, count in zip(self.processes, before, strict=True) if p.num_unfinished > count)
+        if self.killed is None and chosen.usage().num_tokens:
+            self.killed = chosen.number
+            os.kill(chosen.pid, signal.SIGKILL)
+
+
+class InProcesses(Run):
+    """Two generators in processes of their own, of which one is killed."""
+
+    def __init__(self, folder: pathlib.Path):
+        super().__init__(folder, make_generator=self.make_generator)
+
+    def warn(self, sentence: str) -> None:
+        self.warnings.append(sentence)
+
+    def make_generator(self, reports: Reports) -> Generator:
+        weights = SharedWeights()
+        settings = EngineSettings(MODEL, ENGINE, (0, 1), 3, "float32")
+        make = lambda number, reports: GeneratorProcess(
+            number, settings, weights, reports, log=self.folder / f"generator_{number}.log"
+        )
+        self.fleet = Killing(make, weights, reports, num_generators=2, max_restarts=1)
+        return self.fleet
+
+
+def test_nothing_is_lost_or_doubled_when_a_generator_is_killed(tmp_path: pathlib.Path):
+    run = InProcesses(tmp_path)
+    check_books(run, run.run())
+    (warning,) = run.warnings
+    assert re.match(rf"Generator {run.fleet.killed} was killed by SIGKILL\. Its [1-9]\d* unfinished", warning)
+    (note,) = (line for line in run.lines("events.jsonl") if "note" in line)
+    assert note == {"note": "generator_lost", "generator": run.fleet.killed, "sentence": warning}
+    metrics = run.lines("metrics.jsonl")
+    assert sum(line["generators_lost"] for line in metrics) == 1
+    assert all(0 <= line["generator_idle_share"] <= 1 for line in metrics)
+    assert all(not pathlib.Path(f"/proc/{process.pid}").exists() for process in run.fleet.processes)
+    # Both have worked, and what was begun again is what a whole run in a thread samples: the ids decide.
+    sampled = {g.rollout.request_id: g.rollout for _, groups in run.batches for group in groups for g in group}
+    first = {i: r.completion_ids for i, r in sampled.items() if not r.weight_version.any()}
+    assert first
+    batcher = ContinuousBatcher(MODEL, ENGINE, (0, 1), seed=3)
+    batcher.set_weights(PUBLISH(PARAMS), 0)
+    for request_id in first:
+        prompt = run.prompt_at(request_id // 2).token_ids
+        batcher.submit(GenerationRequest(request_id, prompt, SamplingParams(1.0, 1.0, 0, ENGINE.max_new_tokens)))
+    while batcher.num_running or batcher.num_waiting:
+        for rollout in batcher.step():
+            np.testing.assert_array_equal(rollout.completion_ids, first[rollout.request_id])
 
 
 # --- stop and go on --------------------------------------------------------------------------------------------------

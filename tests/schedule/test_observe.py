@@ -3,7 +3,7 @@
 import numpy as np
 
 from magistral_jax.records import Graded, Reward, Rollout, Verdict
-from magistral_jax.schedule.observe import describe_rollouts, is_after_swap
+from magistral_jax.schedule.observe import FilterWatch, describe_rollouts, is_after_swap
 
 
 def graded(
@@ -63,3 +63,22 @@ def test_the_first_token_is_never_after_a_swap():
     assert is_after_swap(np.array([2, 2, 3, 3, 5], np.int32)).tolist() == [False, False, True, True, True]
     assert is_after_swap(np.array([7], np.int32)).tolist() == [False]
     assert is_after_swap(np.zeros(0, np.int32)).tolist() == []
+
+
+def test_many_filtered_groups_without_a_batch_are_noticed_once_and_at_twice_as_many():
+    watch = FilterWatch(2)
+    unrewarded = [graded([0], Verdict.WRONG, parts=(0.1, 0.0, 0.0, 0.0))] * 4
+    said = {n: sentence for n in range(1, 33) if (sentence := watch.add(unrewarded))}
+    assert list(said) == [8, 16, 32]
+    assert said[8].startswith("8 groups in a row were filtered")
+    assert "(their mean is 0.100)" in said[8]
+    assert "never rewarded" in said[8]
+    watch.reset()
+    assert [watch.add(unrewarded) for _ in range(7)] == [None] * 7
+
+
+def test_solved_problems_are_called_too_easy():
+    watch = FilterWatch(1)
+    sentences = [watch.add([graded([0], Verdict.CORRECT)] * 2) for _ in range(4)]
+    assert sentences[3] is not None
+    assert "too easy" in sentences[3]

@@ -1,10 +1,25 @@
+import pathlib
 import time
 
 import pytest
+import tokenizers
+import tokenizers.decoders
+import tokenizers.models
+import tokenizers.pre_tokenizers
+import tokenizers.trainers
 from hypothesis import given
 from hypothesis import strategies as st
 
-from magistral_jax.verify.format import CodeBlock, FormatFault, Sections, first_code_block, last_boxed, split_completion
+from magistral_jax.data.tokenizer import HfTokenizer, encode_completion
+from magistral_jax.verify.format import (
+    CodeBlock,
+    FormatFault,
+    Sections,
+    find_boxes,
+    first_code_block,
+    last_boxed,
+    split_completion,
+)
 
 
 def split(text: str) -> Sections | FormatFault:
@@ -104,3 +119,28 @@ def test_scans_are_linear_in_hostile_text():
 )
 def test_first_code_block(text: str, block: CodeBlock | None):
     assert first_code_block(text) == block
+
+
+def test_tags_that_are_special_tokens_are_seen_in_the_decoded_text(tmp_path: pathlib.Path):
+    spec = tokenizers.Tokenizer(tokenizers.models.BPE(unk_token="<unk>"))
+    spec.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
+    spec.decoder = tokenizers.decoders.ByteLevel()
+    trainer = tokenizers.trainers.BpeTrainer(
+        special_tokens=["<unk>", "</s>", "[THINK]", "[/THINK]"],
+        initial_alphabet=tokenizers.pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    spec.train_from_iterator(["some words, so that there is a vocabulary"], trainer)
+    spec.save(str(tmp_path / "tokenizer.json"))
+    (tmp_path / "tokenizer_config.json").write_text('{"eos_token": "</s>"}')
+    tokenizer = HfTokenizer(tmp_path)
+    ids = encode_completion("[THINK]some words[/THINK]\\boxed{1}", tokenizer, ("[THINK]", "[/THINK]"))
+    assert ids[0] == tokenizer.special_tokens["[THINK]"]
+    text = tokenizer.decode(ids[:-1])
+    assert split_completion(text, "[THINK]", "[/THINK]") == Sections("some words", "\\boxed{1}")
+
+
+def test_boxes_are_found_with_their_places():
+    text = r"a \boxed{\boxed{1}} \boxed 2"
+    boxes = [(text[box.start : box.end], box.content) for box in find_boxes(text)]
+    assert boxes == [(r"\boxed{1}", "1"), (r"\boxed{\boxed{1}}", r"\boxed{1}"), (r"\boxed 2", "2")]

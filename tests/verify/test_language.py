@@ -66,3 +66,49 @@ def test_a_switch_of_script_is_seen_inside_a_text():
     mixed = f"{ENGLISH} {ENGLISH} {TEXTS['zh']} {ENGLISH}"
     assert consistent_language(ENGLISH, mixed, ENGLISH) is LanguageOutcome.INCONSISTENT
     assert classify(f"{ENGLISH} We call the angle α and the sum Σ.") == "en"
+
+
+SENTENCES = {
+    "en": "First we add both sides, and then we look at what is left over at the end of it.",
+    "zh": "我们先把两边相加，然后再看最后剩下什么，这样就得到答案了。",  # noqa: RUF001
+    "ru": "Сначала сложим обе части, а потом посмотрим, что останется в конце.",  # noqa: RUF001
+    "fr": "D'abord nous ajoutons les deux côtés, et ensuite nous regardons ce qui reste à la fin de tout cela. Il nous "
+    "faut encore vérifier que la solution est bien la bonne, en la mettant dans les équations du début, et conclure.",
+}
+
+
+@pytest.mark.parametrize(
+    ("base", "other"),
+    [("en", "zh"), ("zh", "en"), ("en", "ru"), ("ru", "en"), ("zh", "ru"), ("fr", "zh"), ("en", "fr")],
+)
+def test_a_passage_in_another_language_is_seen_in_a_long_text(base: str, other: str):
+    text = "\n".join([TEXTS[base]] * 40)
+    mixed = f"{text}\n{SENTENCES[other]}\n{text}"
+    assert classify(text) == base
+    assert classify(mixed) == "mixed"
+    assert consistent_language(TEXTS[base], mixed, TEXTS[base]) is LanguageOutcome.INCONSISTENT
+
+
+@pytest.mark.parametrize(
+    ("base", "names"),
+    [
+        ("zh", "设三角形 ABC 中 AB = CD，由 Pythagorean theorem 可知 sin x 与 cos x 的值。"),  # noqa: RUF001
+        ("ru", "По теореме Pythagorean theorem имеем AB = CD, где f и g заданы на отрезке MN PQ RS."),
+        ("en", "The mathematician 李明 and his friend Иван looked at the angles α, β, γ."),
+    ],
+)
+def test_names_and_symbols_do_not_mix_a_text(base: str, names: str):
+    assert classify("\n".join([TEXTS[base]] * 4 + [names] + [TEXTS[base]] * 4)) == base
+
+
+def test_figures_in_asymptote_are_code():
+    figure = (
+        '[asy] import geometry; draw circle with label and some more english words in it; label("A", origin); [/asy]'
+    )
+    assert strip_notation(figure) == ""
+    assert classify(TEXTS["zh"] + figure + TEXTS["zh"]) == "zh"
+
+
+def test_chinese_without_kana_is_not_japanese():
+    assert classify("求三角形面积。") == "zh"
+    assert classify("三角形の面積を求めなさい。") == "ja"

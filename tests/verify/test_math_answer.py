@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from magistral_jax.records import Verdict
-from magistral_jax.verify.math_answer import grade_math
+from magistral_jax.verify.math_answer import asks_for_order, grade_math
 
 EQUAL = [
     # integers, decimals, fractions
@@ -217,3 +217,15 @@ def test_grading_imports_no_jax():
     """
     environment = {**os.environ, "PYTHONPATH": str(pathlib.Path(__file__).parents[2])}
     assert subprocess.run([sys.executable, "-c", code], env=environment, check=False).returncode == 0
+
+
+def test_the_order_of_a_list_counts_where_the_question_asks_or_is_not_known():
+    ordered = ("List the values in increasing order.", "Find $x, y$ and $z$, respectively.", "")
+    assert [asks_for_order(statement) for statement in ordered] == [True, True, None]
+    assert asks_for_order("Find all roots of the polynomial.") is False
+    grade = lambda answer, reference, is_ordered: grade_math(answer, reference, is_ordered=is_ordered)[0]
+    assert grade("1,2,3", "3,2,1", None) is Verdict.WRONG
+    assert grade("1,2,3", "3,2,1", True) is Verdict.WRONG
+    assert grade("1,2,3", "3,2,1", False) is Verdict.CORRECT
+    assert grade("1,-2", "-2,1", None) is Verdict.CORRECT
+    assert grade("1,-2", "-2,1", True) is Verdict.WRONG

@@ -1,4 +1,7 @@
-"""The pool against hanging, dying and missing workers. Bounds on time are generous: the machine may be busy."""
+"""The pool against hanging, dying and missing workers. Bounds on time are generous: the machine may be busy.
+
+What hangs, crashes and eats memory is a reward function, which may do anything; `test_dispatch` has the finer rules.
+"""
 
 import os
 import pathlib
@@ -13,17 +16,58 @@ from collections.abc import Callable, Iterator
 import pytest
 
 from magistral_jax.records import MagistralError, Problem, Reward, Verdict
-from magistral_jax.verify.config import PoolConfig, RewardConfig
+from magistral_jax.verify.config import PoolConfig, RewardConfig, SandboxConfig
 from magistral_jax.verify.pool import VerifierPool, VerifyItem
 
 WORDS = "We add the two numbers and look at the result for a moment. "
-HANG = r"\sum_{k=1}^{10000000} \frac{1}{k^3+k+1}"  # SymPy works on it for minutes
 PATIENCE = 120.0
+FAULTY = """
+import ctypes, os, pathlib, socket, subprocess, sys, time
+
+def score(completion, answer, **columns):
+    deed = completion.splitlines()[-1]
+    if "hang" in deed:
+        while True:
+            try:
+                time.sleep(1)
+            except BaseException:
+                pass
+    if "crash" in deed:
+        ctypes.string_at(0)
+    if "exit" in deed:
+        os._exit(3)
+    if "hog" in deed:
+        hog = bytearray(2**31)
+    if "raise" in deed:
+        raise KeyError("a bug of the user")
+    if "leave" in deed:
+        sys.exit()
+    if "spawn" in deed:
+        subprocess.run(["/bin/true"])
+    if "connect" in deed:
+        socket.socket()
+    if "write" in deed:
+        pathlib.Path(__file__).with_name("written").write_text("")
+    if "read" in deed:
+        pathlib.Path("/etc/passwd").read_text()
+    if "grow" in deed:
+        columns.setdefault("kept", KEPT).append(os.urandom(30 * 2**20))
+    return float(deed.strip() == answer)
+
+KEPT = []
+"""
 
 
 def item(answer: str, reference: str = "3", request_id: int = 0) -> VerifyItem:
     problem = Problem("p", "What is the sum of one and two in this problem?", reference, extra={"not": {"sent"}})
     return VerifyItem(request_id, problem, f"<think>{WORDS}</think>{WORDS}\\boxed{{{answer}}}", 90, 100, False)
+
+
+def deed(what: str, reference: str = "3", request_id: int = 0) -> VerifyItem:
+    """An item for the faulty function."""
+    return VerifyItem(
+        request_id, Problem("p", WORDS, reference), f"<think>{WORDS}</think>{WORDS}\n{what}", 90, 100, False
+    )
 
 
 def wait_for(condition: Callable[[], bool]) -> None:
@@ -68,12 +112,6 @@ def test_any_text_reaches_the_worker(patient: VerifierPool):
         assert patient.grade_all([completion])[0].verdict is Verdict.BAD_FORMAT
 
 
-def test_code_is_refused_at_the_door(patient: VerifierPool):
-    code = VerifyItem(0, Problem("c", "s", "a", kind="code"), "x", 1, 1, False)
-    with pytest.raises(MagistralError, match="code verification is not available"):
-        patient.grade_all([code])
-
-
 def test_submit_needs_somebody_to_tell(patient: VerifierPool):
     with pytest.raises(MagistralError, match="on_result"):
         patient.submit(item("3"))
@@ -92,10 +130,16 @@ def test_callers_in_many_threads(patient: VerifierPool):
     assert verdicts == [Verdict.CORRECT] * 40
 
 
+def both_pids(pool: VerifierPool) -> tuple[int, ...]:
+    """Process ids of two workers, which start when there is work for both."""
+    while len(pool.metrics().worker_pids) < 2:
+        pool.grade_all([item("3")] * 20)
+    return pool.metrics().worker_pids
+
+
 def test_a_killed_worker_costs_nothing(patient: VerifierPool):
     """Both workers are stopped, so the items are with them when they are killed."""
-    wait_for(lambda: len(patient.metrics().worker_pids) == 2)
-    pids, before = patient.metrics().worker_pids, patient.metrics()
+    pids, before = both_pids(patient), patient.metrics()
     for pid in pids:
         os.kill(pid, signal.SIGSTOP)
     rewards: list[Reward] = []
@@ -106,26 +150,69 @@ def test_a_killed_worker_costs_nothing(patient: VerifierPool):
         os.kill(pid, signal.SIGKILL)
     thread.join(PATIENCE)
     assert [reward.verdict for reward in rewards] == [Verdict.CORRECT, Verdict.WRONG]
-    wait_for(lambda: len(patient.metrics().worker_pids) == 2)
-    assert not set(pids) & set(patient.metrics().worker_pids)
-    assert patient.metrics().num_forks == before.num_forks + 2
+    assert not set(pids) & set(both_pids(patient))
+    assert patient.metrics().num_deaths == before.num_deaths + 2
 
 
 def test_workers_that_were_killed_while_idle_cost_nothing_either(patient: VerifierPool):
-    wait_for(lambda: len(patient.metrics().worker_pids) == 2)
     for _ in range(5):
-        pids = patient.metrics().worker_pids
+        pids = both_pids(patient)
         for pid in pids:
             os.kill(pid, signal.SIGKILL)
         wait_for(lambda pids=pids: not any(is_alive(pid) for pid in pids))
         assert patient.grade_all([item("3")])[0].verdict is Verdict.CORRECT
 
 
-def test_an_item_whose_workers_die_twice_is_an_infrastructure_failure():
+# ---- a user's function, which may do anything ----
+
+
+@pytest.fixture
+def faulty(monkeypatch: pytest.MonkeyPatch, tmp_path: pathlib.Path) -> RewardConfig:
+    """A reward function that does what the completion says."""
+    (tmp_path / "faulty_rewards.py").write_text(FAULTY)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    return RewardConfig(function="faulty_rewards:score", length_cache=20)
+
+
+@pytest.mark.parametrize(
+    ("what", "path"),
+    [
+        ("hang", "function:timeout"),
+        ("crash", "worker_died"),
+        ("exit", "worker_died"),
+        ("hog", "function:MemoryError"),
+        ("raise", "function:KeyError"),
+        ("leave", "function:SystemExit"),
+    ],
+)
+def test_whatever_a_function_does_it_is_tried_twice_and_never_a_reward_of_zero(
+    faulty: RewardConfig, what: str, path: str
+):
+    with VerifierPool(faulty, PoolConfig(num_workers=1, deadline=2.0)) as verifiers:
+        before, reward, after = verifiers.grade_all([deed("3"), deed(what), deed("4")])
+        metrics = verifiers.metrics()
+    assert (before.verdict, after.verdict) == (Verdict.CORRECT, Verdict.WRONG)
+    assert (reward.verdict, reward.path) == (Verdict.SANDBOX_ERROR, path)
+    assert (reward.format, reward.length, reward.language_note) == (0.1, -0.05, "consistent")
+    assert metrics.num_retries == 1
+    assert metrics.verdicts == {"correct": 1, "wrong": 1, "sandbox_error": 1}
+
+
+@pytest.mark.parametrize("what", ["spawn", "connect", "write", "read"])
+def test_a_function_is_confined(faulty: RewardConfig, what: str):
+    pool, sandbox = PoolConfig(num_workers=1), SandboxConfig("landlock")
+    with VerifierPool(faulty, pool, sandbox=sandbox) as verifiers:
+        fine, reward = verifiers.grade_all([deed("3"), deed(what)])
+    assert fine.verdict is Verdict.CORRECT
+    assert reward.verdict is Verdict.SANDBOX_ERROR
+    assert reward.path in ("function:PermissionError", "function:BlockingIOError", "function:OSError")
+
+
+def test_an_item_whose_workers_are_killed_twice_is_an_infrastructure_failure(faulty: RewardConfig):
     results: queue.Queue[tuple[int, Reward]] = queue.Queue()
     pool = PoolConfig(num_workers=1, deadline=PATIENCE)
-    with VerifierPool(RewardConfig(), pool, lambda *result: results.put(result)) as verifiers:
-        verifiers.submit(item(HANG, "5", request_id=11))
+    with VerifierPool(faulty, pool, lambda *result: results.put(result)) as verifiers:
+        verifiers.submit(deed("hang", request_id=11))
         killed: set[int] = set()
         for _ in range(2):
             wait_for(lambda: set(verifiers.metrics().worker_pids) - killed != set())
@@ -139,71 +226,91 @@ def test_an_item_whose_workers_die_twice_is_an_infrastructure_failure():
         assert (verifiers.metrics().num_deaths, verifiers.metrics().num_kills) == (2, 0)
 
 
-def test_a_hang_is_killed_at_its_deadline_and_delays_nobody():
+def test_a_hang_delays_nobody(faulty: RewardConfig):
     results: dict[int, Reward] = {}
     pool = PoolConfig(num_workers=2, deadline=3.0)
-    with VerifierPool(RewardConfig(length_cache=20), pool, results.__setitem__) as verifiers:
-        start = time.monotonic()
-        verifiers.submit(item(HANG, "5", request_id=0))
+    with VerifierPool(faulty, pool, results.__setitem__) as verifiers:
+        verifiers.submit(deed("hang", request_id=0))
         for request_id in range(1, 11):
-            verifiers.submit(item("3", request_id=request_id))
+            verifiers.submit(deed("3", request_id=request_id))
         wait_for(lambda: len(results) >= 10)
         assert 0 not in results, "the others wait for the one that hangs"
         wait_for(lambda: len(results) == 11)
-        assert 3.0 <= time.monotonic() - start < PATIENCE
         metrics = verifiers.metrics()
     assert {results[request_id].verdict for request_id in range(1, 11)} == {Verdict.CORRECT}
-    hung = results[0]
-    assert (hung.verdict, hung.path, hung.correctness) == (Verdict.TIMEOUT, "deadline", 0.0)
-    assert (hung.format, hung.length, hung.language_note) == (0.1, -0.05, "consistent")
-    assert hung.seconds >= 3.0
-    assert (metrics.num_kills, metrics.num_deaths, metrics.num_graded, metrics.num_pending) == (1, 0, 11, 0)
-    assert metrics.verdicts == {"correct": 10, "timeout": 1}
+    assert (metrics.num_kills, metrics.num_deaths, metrics.num_graded, metrics.num_pending) == (2, 0, 11, 0)
     assert metrics.languages == {"consistent": 11}
 
 
-def test_waiting_in_the_queue_is_not_on_the_deadline():
-    """Three hangs in a row on one worker: the last waits for two deadlines and still gets its own."""
-    with VerifierPool(RewardConfig(), PoolConfig(num_workers=1, deadline=1.0)) as verifiers:
-        *hung, last = verifiers.grade_all([item(HANG, "5"), item(HANG, "5"), item("3")])
-        assert [reward.verdict for reward in hung] == [Verdict.TIMEOUT] * 2
+def test_waiting_in_the_queue_is_not_on_the_deadline(faulty: RewardConfig):
+    """Hangs in a row on one worker: the last waits for several deadlines and still gets its own."""
+    with VerifierPool(faulty, PoolConfig(num_workers=1, deadline=0.7)) as verifiers:
+        *hung, last = verifiers.grade_all([deed("hang"), deed("hang"), deed("3")])
+        assert [reward.path for reward in hung] == ["function:timeout"] * 2
         assert last.verdict is Verdict.CORRECT
         assert verifiers.metrics().queue_seconds > 2.5
 
 
-def test_workers_are_recycled():
+def test_workers_are_recycled_by_age():
     with VerifierPool(RewardConfig(), PoolConfig(num_workers=1, recycle_after=3)) as verifiers:
         rewards = verifiers.grade_all([item("3")] * 10)
         assert {reward.verdict for reward in rewards} == {Verdict.CORRECT}
         metrics = verifiers.metrics()
-        assert metrics.num_forks >= 4
-        assert (metrics.num_kills, metrics.num_deaths) == (0, 0)
+    assert (metrics.num_forks, metrics.num_recycles) == (4, 3)
+    assert (metrics.num_kills, metrics.num_deaths) == (0, 0)
 
 
-def test_cancelled_items_get_no_reward():
+def test_workers_are_recycled_by_memory(faulty: RewardConfig):
+    """Each item leaks 30 MiB: the third is over 80, the sixth again."""
+    with VerifierPool(faulty, PoolConfig(num_workers=1, recycle_mib=80)) as verifiers:
+        rewards = verifiers.grade_all([deed("grow")] * 7)
+        assert {reward.verdict for reward in rewards} == {Verdict.WRONG}
+        assert verifiers.metrics().num_recycles == 2
+
+
+def test_cancelled_items_get_no_reward(faulty: RewardConfig):
     results: dict[int, Reward] = {}
-    with VerifierPool(RewardConfig(), PoolConfig(num_workers=1, deadline=PATIENCE), results.__setitem__) as verifiers:
+    with VerifierPool(faulty, PoolConfig(num_workers=1, deadline=PATIENCE), results.__setitem__) as verifiers:
         for request_id in range(5):
-            verifiers.submit(item(HANG, "5", request_id))
+            verifiers.submit(deed("hang", request_id=request_id))
         assert verifiers.cancel_all() == 5
-        verifiers.submit(item("3", request_id=9))
+        verifiers.submit(deed("3", request_id=9))
         wait_for(lambda: 9 in results)
         assert list(results) == [9]
         assert (verifiers.metrics().num_cancelled, verifiers.metrics().num_pending) == (5, 0)
 
 
-def test_close_settles_what_is_pending_and_leaves_no_process():
+def test_close_settles_what_is_pending_and_leaves_no_process(faulty: RewardConfig):
     results: dict[int, Reward] = {}
-    verifiers = VerifierPool(RewardConfig(), PoolConfig(num_workers=2, deadline=PATIENCE), results.__setitem__)
+    verifiers = VerifierPool(faulty, PoolConfig(num_workers=2, deadline=PATIENCE), results.__setitem__)
+    verifiers.submit(deed("hang", request_id=1))
+    verifiers.submit(deed("hang", request_id=2))
     wait_for(lambda: len(verifiers.metrics().worker_pids) == 2)
     pids = verifiers.metrics().worker_pids
-    verifiers.submit(item(HANG, "5", request_id=1))
     verifiers.close()
     verifiers.close()
-    assert results[1].verdict is Verdict.SANDBOX_ERROR
+    assert {results[request_id].path for request_id in (1, 2)} == {"pool_closed"}
+    assert {results[request_id].verdict for request_id in (1, 2)} == {Verdict.SANDBOX_ERROR}
     wait_for(lambda: not any(is_alive(pid) for pid in pids))
     with pytest.raises(MagistralError, match="closed"):
-        verifiers.submit(item("3"))
+        verifiers.submit(deed("3"))
+
+
+def test_a_function_of_the_current_directory_is_found(monkeypatch: pytest.MonkeyPatch, tmp_path: pathlib.Path):
+    (tmp_path / "local_rewards.py").write_text("def half(**columns): return 0.5")
+    monkeypatch.chdir(tmp_path)
+    with VerifierPool(RewardConfig(function="local_rewards:half"), PoolConfig(num_workers=1)) as verifiers:
+        (reward,) = verifiers.grade_all([deed("anything")])
+    assert (reward.verdict, reward.path, reward.correctness) == (Verdict.WRONG, "function", 0.45)
+
+
+@pytest.mark.parametrize("path", ["no_such_module:score", "json:no_such_function", "json", "math:pi"])
+def test_a_function_that_is_not_there_is_an_error_at_the_start(path: str):
+    with pytest.raises(MagistralError, match=rf"`reward\.function` is `{path}`"):
+        VerifierPool(RewardConfig(function=path), PoolConfig())
+
+
+# ---- processes ----
 
 
 PARENT = """if True:
@@ -211,9 +318,9 @@ PARENT = """if True:
     from magistral_jax.records import Problem
     from magistral_jax.verify.config import PoolConfig, RewardConfig
     from magistral_jax.verify.pool import VerifierPool, VerifyItem
-    pool = VerifierPool(RewardConfig(), PoolConfig(num_workers=2), lambda *result: None)
-    answer = r"<think>a</think> \\boxed{HANG}"
-    pool.submit(VerifyItem(0, Problem("p", "s", "5"), answer, 1, 1, False))
+    pool = VerifierPool(RewardConfig(function="faulty_rewards:score"), PoolConfig(num_workers=2), lambda *result: None)
+    for _ in range(2):
+        pool.submit(VerifyItem(0, Problem("p", "s", "5"), "<think>a</think>hang", 1, 1, False))
     while len(pool.metrics().worker_pids) < 2:
         time.sleep(0.01)
     print(*pool.metrics().worker_pids, flush=True)
@@ -221,11 +328,12 @@ PARENT = """if True:
 """
 
 
-def test_no_worker_outlives_its_parent():
-    """One worker idles and the other hangs in SymPy when the parent is killed."""
-    environment = {**os.environ, "PYTHONPATH": str(pathlib.Path(__file__).parents[2])}
-    command = [sys.executable, "-c", PARENT.replace("HANG", HANG)]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environment) as parent:
+def test_no_worker_outlives_its_parent(tmp_path: pathlib.Path):
+    """Both workers hang when the parent is killed."""
+    (tmp_path / "faulty_rewards.py").write_text(FAULTY)
+    path = os.pathsep.join([str(pathlib.Path(__file__).parents[2]), str(tmp_path), *sys.path])
+    environment = {**os.environ, "PYTHONPATH": path}
+    with subprocess.Popen([sys.executable, "-c", PARENT], stdout=subprocess.PIPE, text=True, env=environment) as parent:
         assert parent.stdout is not None
         pids = [int(pid) for pid in parent.stdout.readline().split()]
         assert len(pids) == 2

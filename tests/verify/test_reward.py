@@ -1,11 +1,15 @@
+import dataclasses
 from typing import Any
 
 import pytest
 
 from magistral_jax.records import MagistralError, Problem, Reward, Verdict
 from magistral_jax.verify.config import RewardConfig
-from magistral_jax.verify.reward import shape_reward
+from magistral_jax.verify.format import CodeBlock, FormatFault, Sections
+from magistral_jax.verify.item import VerifyItem
+from magistral_jax.verify.reward import Submission, find_submission, shape_form, shape_reward
 
+CONFIG = RewardConfig()
 WORDS = "We add the two numbers and look at the result for a moment. "
 PROBLEM = Problem("p", "What is the sum of one and two in this problem?", "3")
 FRENCH = "Nous additionnons les deux nombres et nous regardons le résultat. "
@@ -84,6 +88,74 @@ def test_the_last_box_counts():
     assert shape(completion("3") + " or \\boxed{4}").verdict is Verdict.WRONG
 
 
-def test_code_is_refused_not_faked():
-    with pytest.raises(MagistralError, match="code verification is not available"):
-        shape(completion("3"), problem=Problem("c", "s", "a", kind="code"))
+@pytest.mark.parametrize(("kind", "config"), [("code", {}), ("math", {"function": "a:b"})])
+def test_what_needs_the_pool_is_refused_not_faked(kind: Any, config: dict[str, Any]):
+    with pytest.raises(MagistralError, match="needs VerifierPool"):
+        shape(completion("3"), problem=Problem("c", "s", "a", kind=kind), **config)
+
+
+# ---- what is to be graded ----
+
+
+def find(text: str, kind: Any = "math", config: RewardConfig = CONFIG, **fields: Any) -> Submission | FormatFault:
+    return find_submission(VerifyItem(0, Problem("p", "s", "a", kind=kind), text, 1, 1, False, **fields), config)
+
+
+PROGRAM = CodeBlock("python", "print(1)\n")
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("<think>t</think>So:\n```python\nprint(1)\n```\n", PROGRAM),
+        ("<think>t</think>So:\n```\nprint(1)\n```\n", FormatFault.NO_CODE_BLOCK),
+        ("<think>t</think>\\boxed{1}", FormatFault.NO_CODE_BLOCK),
+        ("<think>```python\nprint(1)\n```</think>", FormatFault.NO_CODE_BLOCK),
+        ("```python\nprint(1)\n```", FormatFault.NO_OPENING_TAG),
+    ],
+)
+def test_a_program_stands_in_a_fence_with_its_language(text: str, expected: CodeBlock | FormatFault):
+    found = find(text, "code", code_language="python")
+    assert (found.answer if isinstance(found, Submission) else found) == expected
+
+
+@pytest.mark.parametrize(
+    ("text", "language", "expected"),
+    [
+        ("<think>t</think>```python\nprint(1)\n```", "cpp", PROGRAM),
+        ("```python\nprint(1)\n```", "", PROGRAM),
+        ("```\nprint(1)\n```", "python", PROGRAM),
+        ("```\nprint(1)\n```", "", FormatFault.NO_ANSWER),
+        ("print(1)\n", "python", PROGRAM),
+        ("print(1)\n", "", FormatFault.NO_ANSWER),
+        ("```python\nprint(0)\n```</think>```python\nprint(1)\n```", "", PROGRAM),
+    ],
+)
+def test_without_a_format_a_program_may_stand_anywhere(text: str, language: str, expected: CodeBlock | FormatFault):
+    found = find(text, "code", is_strict=False, code_language=language)
+    assert (found.answer if isinstance(found, Submission) else found) == expected
+
+
+def test_without_a_format_an_answer_may_stand_anywhere():
+    found = find("I take it that the answer is $\\frac12$.", is_strict=False)
+    assert isinstance(found, Submission)
+    assert found.answer == "\\frac12"
+    assert find("", is_strict=False) is FormatFault.NO_ANSWER
+
+
+def test_without_a_format_there_is_no_reward_for_it():
+    item = VerifyItem(0, PROBLEM, completion("3"), 1, 1, False, is_strict=False)
+    form, submission = shape_form(item, CONFIG)
+    assert submission is not None
+    assert (form.format, form.language, form.language_note) == (0.0, 0.0, "")
+    form, submission = shape_form(dataclasses.replace(item, completion=""), CONFIG)
+    assert (form.verdict, submission) == (Verdict.UNPARSABLE, None)
+
+
+def test_an_own_function_wants_the_tags_only():
+    config = RewardConfig(function="a:b")
+    found = find("<think>some</think>thing", config=config)
+    assert found == Submission(Sections("some", "thing"), None)
+    assert find("thing", config=config) is FormatFault.NO_OPENING_TAG
+    assert find("<think>some</think>thing", "code", config, is_strict=False) == found
+    assert find("thing", config=config, is_strict=False) == Submission(Sections("", "thing"), None)

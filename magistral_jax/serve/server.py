@@ -1,0 +1,94 @@
+"""The socket, the signals and the end of a service."""
+
+import asyncio
+import contextlib
+import socket
+import types
+from collections.abc import Callable
+
+import uvicorn
+from starlette.applications import Starlette
+
+from magistral_jax.records import MagistralError
+from magistral_jax.serve.async_engine import AsyncEngine
+
+_GRACE = 10  # seconds for answers that are complete to reach their clients
+
+
+def bind(host: str, port: int) -> socket.socket:
+    """A socket with that address; nobody can connect before the server listens.
+
+    Raises:
+      MagistralError: The address is taken, or not one of this machine.
+    """
+    try:
+        family, kind, protocol, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
+        with contextlib.ExitStack() as on_error:
+            bound = on_error.enter_context(socket.socket(family, kind, protocol))
+            bound.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            bound.bind(address)
+            on_error.pop_all()
+    except OSError as error:
+        raise MagistralError(f"cannot listen on `serve.host` {host}, `serve.port` {port}: {error}.") from None
+    return bound
+
+
+def address_of(bound: socket.socket) -> str:
+    """The service's URL."""
+    host, port = bound.getsockname()[:2]
+    return f"http://[{host}]:{port}" if bound.family == socket.AF_INET6 else f"http://{host}:{port}"
+
+
+class Server(uvicorn.Server):
+    """uvicorn, which on the first Ctrl-C lets running requests end before it stops listening.
+
+    Args:
+      app: The application.
+      engine: Its engine.
+      drain_seconds: How long it waits for them; a second Ctrl-C ends it at once.
+      say: Called with a line for the person at the console.
+      ready: What to say once it listens.
+    """
+
+    def __init__(
+        self, app: Starlette, engine: AsyncEngine, *, drain_seconds: float, say: Callable[[str], None], ready: str
+    ) -> None:
+        settings = uvicorn.Config(
+            app, log_config=None, access_log=False, server_header=False, timeout_graceful_shutdown=_GRACE
+        )
+        super().__init__(settings)
+        self._engine, self._drain_seconds, self._say = engine, drain_seconds, say
+        self._ready = ready
+        self._tasks: list[asyncio.Task[None]] = []
+        self._loop: asyncio.AbstractEventLoop | None = None
+
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        """Begin to listen, and to watch the engine."""
+        await super().startup(sockets)
+        self._loop = asyncio.get_running_loop()
+        self._tasks.append(asyncio.create_task(self._watch()))
+        self._say(self._ready)
+
+    @property
+    def failure(self) -> Exception | None:
+        """What the engine ended with, if it failed."""
+        return self._engine.failure
+
+    def handle_exit(self, sig: int, frame: types.FrameType | None) -> None:
+        """A signal: the first drains, the second ends."""
+        if self._loop is None or len(self._tasks) > 1:
+            self.should_exit = self.force_exit = True
+            return
+        self._say("ending: running requests go on, new ones are refused; press Ctrl-C again to end at once")
+        self._loop.call_soon_threadsafe(self._begin_drain)
+
+    def _begin_drain(self) -> None:
+        self._tasks.append(asyncio.create_task(self._drain()))
+
+    async def _drain(self) -> None:
+        await self._engine.drain(self._drain_seconds)
+        self.should_exit = True
+
+    async def _watch(self) -> None:
+        await self._engine.has_failed.wait()
+        self.should_exit = True
