@@ -187,7 +187,7 @@ def _check_same(saved: Config, given: Config, path: pathlib.Path) -> None:
         f"{section}.{field}"
         for section, fields in now.items()
         for field, value in fields.items()
-        if before[section][field] != value and f"{section}.{field}" not in _FREE_ON_RESUME
+        if before[section][field] != value and not {section, f"{section}.{field}"} & _FREE_ON_RESUME
     ]
     if changed:
         raise MagistralError(f"{path}: the run was started with other settings of {', '.join(changed)}.")
@@ -205,4 +205,5 @@ _FREE_ON_RESUME = {
     "generation.max_restarts",
     "schedule.num_steps",
     "schedule.checkpoint_every",
+    "serve",
 }

@@ -98,7 +98,7 @@ def _completion_logprobs(tokens: Sequence[Token], num_top: int, tokenizer: Token
     }
 
 
-def _best_of(token: Token, tokenizer: Tokenizer) -> dict[str, float] | None:
+def _best_of(token: Token, tokenizer: Tokenizer) -> dict[str, float | None] | None:
     """Log-probs by text of the most probable token, where it is known, and of the one that stands there."""
     if token.logprob is None:
         return None

@@ -20,9 +20,16 @@ from magistral_jax.serve.engine_thread import Delta, EngineStats, EngineThread
 from magistral_jax.serve.errors import ApiError
 from magistral_jax.serve.scoring import PromptScore, PromptScorer
 
-_FAILED = ApiError(503, "The engine has failed, and the service is ending.", code="engine_failed")
 _STOP_DEADLINE = 60.0  # seconds for the running step, which may be compiling
 PromptIds = Int32[np.ndarray, " _"]  # of many lengths, side by side
+
+
+def _failed() -> ApiError:
+    return ApiError(503, "The engine has failed, and the service is ending.", code="engine_failed")
+
+
+def _ending() -> ApiError:
+    return ApiError(503, "The service is shutting down.", code="shutting_down", retry_after=30)
 
 
 class Job:
@@ -97,7 +104,7 @@ class AsyncEngine:
         self._jobs: dict[int, Job] = {}  # by the ids that are not done
         self._asked: set[asyncio.Future[Any]] = set()  # answers of the thread that somebody waits for
         self._loop: asyncio.AbstractEventLoop | None = None
-        self._refusal: ApiError | None = None  # of all new jobs
+        self._refuse: Callable[[], ApiError] | None = None  # all new jobs
         self._is_idle = asyncio.Event()
         self._is_idle.set()
         self.has_failed = asyncio.Event()
@@ -111,7 +118,7 @@ class AsyncEngine:
     @property
     def refusal(self) -> ApiError | None:
         """Why no job is let in any more."""
-        return self._refusal
+        return None if self._refuse is None else self._refuse()
 
     @property
     def num_open(self) -> int:
@@ -143,8 +150,8 @@ class AsyncEngine:
           ApiError: Too much is waiting (429), or the service is ending (503).
         """
         num_choices, num_scores = len(prompts) * len(random_ids), len(prompts) * with_scores
-        if self._refusal is not None:
-            raise self._refusal
+        if self._refuse is not None:
+            raise self._refuse()
         if self.num_open + num_choices + num_scores > self._capacity:
             raise ApiError(
                 429,
@@ -184,11 +191,15 @@ class AsyncEngine:
 
     async def drain(self, seconds: float) -> None:
         """Let no job in any more, and wait for those that are; after `seconds` they are given up."""
-        self._refusal = ApiError(503, "The service is shutting down.", code="shutting_down", retry_after=30)
+        self._refuse = _ending
         try:
             await asyncio.wait_for(self._is_idle.wait(), seconds)
         except TimeoutError:
-            self._fail_all(self._refusal)
+            self.give_up()
+
+    def give_up(self) -> None:
+        """End all jobs with an error."""
+        self._fail_all(_ending)
 
     async def stop(self) -> None:
         """End the thread.
@@ -202,7 +213,7 @@ class AsyncEngine:
     async def _ask(self, send: Callable[[Callable[..., None]], None]) -> Any:
         """Send a command and wait until the thread has carried it out."""
         if self.failure is not None:
-            raise _FAILED
+            raise _failed()
         answer = asyncio.get_running_loop().create_future()
         self._asked.add(answer)
         try:
@@ -243,17 +254,17 @@ class AsyncEngine:
 
     def _fail(self, error: Exception) -> None:
         self.failure = error
-        self._refusal = _FAILED
-        self._fail_all(_FAILED)
+        self._refuse = _failed
+        self._fail_all(_failed)
         for answer in self._asked:
-            answer.set_exception(_FAILED)
+            answer.set_exception(_failed())
         self.has_failed.set()
 
-    def _fail_all(self, error: ApiError) -> None:
+    def _fail_all(self, error: Callable[[], ApiError]) -> None:
         jobs = set(self._jobs.values())
         self._give_up(list(self._jobs))
         for job in jobs:
-            job.fail(error)
+            job.fail(error())
 
     def _notice_idle(self) -> None:
         if not self._jobs:

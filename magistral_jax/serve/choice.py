@@ -1,6 +1,7 @@
 """One completion on its way to a client; in: deltas of the engine, out: pieces of text with their tokens."""
 
 import dataclasses
+import math
 from collections.abc import Sequence
 from typing import Literal
 
@@ -19,14 +20,14 @@ Finish = Literal["stop", "length"]
 class Token:
     """A token of a prompt (`version` is None) or of a completion.
 
-    `logprob` is None where nothing comes before it or nobody asked; `best` is the most probable token in its place,
-    known of prompts. `offset` counts characters from the beginning of the choice's text.
+    `logprob` is None where nothing comes before it, nobody asked, or the weights gave no number; `best` is the most
+    probable token in its place, known of prompts. `offset` counts characters from the beginning of the choice's text.
     """
 
     id: int
     offset: int
     logprob: float | None
-    best: tuple[int, float] | None = None
+    best: tuple[int, float | None] | None = None
     version: int | None = None
 
 
@@ -42,6 +43,11 @@ class Piece:
     def completion(self) -> list[Token]:
         """The tokens that were sampled."""
         return [token for token in self.tokens if token.version is not None]
+
+
+def as_number(logprob: float) -> float | None:
+    """A log-prob as JSON can carry it: -9999 for impossible, as OpenAI has it, and None for NaN."""
+    return None if math.isnan(logprob) else max(logprob, -9999.0)
 
 
 def join(pieces: Sequence[Piece]) -> Piece:
@@ -75,7 +81,7 @@ class Choice:
             zip(delta.tokens, delta.logprobs, delta.versions, strict=True)
         ):
             is_last = index == len(delta.tokens) - 1
-            tokens.append(Token(token, self._offset, logprob, version=version))
+            tokens.append(Token(token, self._offset, as_number(logprob), version=version))
             # The stop token has no text of its own; a completion that was cut shows what its last character lacks.
             fresh = "" if is_last and delta.finish == "stop" else self._text.push(token)
             if is_last and delta.finish is not None:
@@ -106,8 +112,8 @@ def echo(
     for index, token in enumerate(token_ids.tolist()):
         logprob = best = None
         if score is not None and index > 0:
-            logprob = float(score.logprob[index - 1])
-            best = (int(score.best_token[index - 1]), float(score.best_logprob[index - 1]))
+            logprob = as_number(float(score.logprob[index - 1]))
+            best = (int(score.best_token[index - 1]), as_number(float(score.best_logprob[index - 1])))
         tokens.append(Token(token, offset, logprob, best))
         offset += len(stream.push(token)) if index >= num_added else 0
     return Piece(text, tokens)

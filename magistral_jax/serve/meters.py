@@ -32,13 +32,13 @@ class Meters:
         )
         self.first_token = Histogram(
             "magistral_time_to_first_token_seconds",
-            "From the arrival of a request to its first sampled tokens.",
+            "From the admission of a request to its first sampled tokens.",
             buckets=_SECONDS,
             registry=self._registry,
         )
         self.duration = Histogram(
             "magistral_request_seconds",
-            "From the arrival of a request to the end of its last completion.",
+            "From the admission of a request to the end of its last completion.",
             buckets=_SECONDS,
             registry=self._registry,
         )

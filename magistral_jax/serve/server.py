@@ -45,7 +45,7 @@ class Server(uvicorn.Server):
     Args:
       app: The application.
       engine: Its engine.
-      drain_seconds: How long it waits for them; a second Ctrl-C ends it at once.
+      drain_seconds: How long it waits for them, if no second Ctrl-C comes before.
       say: Called with a line for the person at the console.
       ready: What to say once it listens.
     """
@@ -61,6 +61,7 @@ class Server(uvicorn.Server):
         self._ready = ready
         self._tasks: list[asyncio.Task[None]] = []
         self._loop: asyncio.AbstractEventLoop | None = None
+        self._is_ending = False
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         """Begin to listen, and to watch the engine."""
@@ -75,12 +76,15 @@ class Server(uvicorn.Server):
         return self._engine.failure
 
     def handle_exit(self, sig: int, frame: types.FrameType | None) -> None:
-        """A signal: the first drains, the second ends."""
-        if self._loop is None or len(self._tasks) > 1:
-            self.should_exit = self.force_exit = True
-            return
-        self._say("ending: running requests go on, new ones are refused; press Ctrl-C again to end at once")
-        self._loop.call_soon_threadsafe(self._begin_drain)
+        """A signal: the first lets running requests end, the second gives them up."""
+        if self._loop is None:
+            self.should_exit = True
+        elif not self._is_ending:
+            self._is_ending = True
+            self._say("ending: running requests go on, new ones are refused; press Ctrl-C again to give them up")
+            self._loop.call_soon_threadsafe(self._begin_drain)
+        else:
+            self._loop.call_soon_threadsafe(self._engine.give_up)
 
     def _begin_drain(self) -> None:
         self._tasks.append(asyncio.create_task(self._drain()))
