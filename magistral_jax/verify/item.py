@@ -80,8 +80,9 @@ def read_task(stream: io.BufferedIOBase) -> Task | None:
     header = stream.read(_LENGTH.size)
     if len(header) < _LENGTH.size:
         return None
-    payload = stream.read(_LENGTH.unpack(header)[0])
-    return pickle.loads(payload)
+    (length,) = _LENGTH.unpack(header)
+    payload = stream.read(length)
+    return pickle.loads(payload) if len(payload) == length else None
 
 
 def encode_message(message: Message) -> bytes:

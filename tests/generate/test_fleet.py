@@ -2,11 +2,12 @@
 
 import dataclasses
 import pathlib
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
+import pytest
 
 from magistral_jax.generate.config import GenerationConfig
 from magistral_jax.generate.fleet import GeneratorFleet
@@ -71,6 +72,16 @@ class Played(GeneratorProcess):
         self._reports.on_failure(error or GeneratorDiedError(f"Generator {self.number} was killed by SIGKILL"))
 
 
+SCENES: list["Scene"] = []
+
+
+@pytest.fixture(autouse=True)
+def free_shared_memory() -> Iterator[None]:
+    yield
+    while SCENES:
+        SCENES.pop().weights.close()
+
+
 class Scene:
     """A fleet and all that it made and reported."""
 
@@ -80,7 +91,8 @@ class Scene:
         self.notices: list[Notice] = []
         self.failures: list[Exception] = []
         self.are_refused = False
-        weights = SharedWeights()
+        self.weights = weights = SharedWeights()
+        SCENES.append(self)
 
         def make(number: int, reports: Reports) -> Played:
             self.made.append(Played(number, weights, reports))
