@@ -69,7 +69,7 @@ class Compiler:
                 "/headers": str(self._toolchain.headers),
                 **({installation: installation} if installation else {}),
             },
-            writable={"/work": str(scratch)},
+            writable={"/scratch": str(scratch)},
         )
 
     def __enter__(self) -> "Compiler":
@@ -109,7 +109,7 @@ class Compiler:
             path = self._scratch / f"{name}.cpp"
             path.write_text(companion)
             path.chmod(0o644)
-            extra = [*_COMPANION_FLAGS, self._box.path(f"/work/{name}.cpp")]
+            extra = [*_COMPANION_FLAGS, self._box.path(f"/scratch/{name}.cpp")]
         try:
             done = self._box.run(
                 [
@@ -117,12 +117,12 @@ class Compiler:
                     *self._toolchain.flags,
                     f"-I{self._box.path('/headers')}",
                     *("-x", "c++", "-", *extra),
-                    *("-o", self._box.path(f"/work/{name}")),
+                    *("-o", self._box.path(f"/scratch/{name}")),
                 ],
                 stdin=with_header_first(source).encode("utf-8", "replace"),
                 limits=self._limits,
-                cwd=self._box.path("/work"),
-                environment={"TMPDIR": self._box.path("/work"), "LC_ALL": "C"},
+                cwd=self._box.path("/scratch"),
+                environment={"TMPDIR": self._box.path("/scratch"), "LC_ALL": "C"},
             )
             if done.status is not Status.OK:
                 raise _compile_error(done)

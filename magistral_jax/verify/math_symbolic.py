@@ -29,8 +29,8 @@ def symbolically_equal(a: Tree, b: Tree) -> bool:
     try:
         difference = (_build(a, sympy) - _build(b, sympy)).doit()
         return bool(difference == 0 or sympy.simplify(difference) == 0)
-    except (ArithmeticError, ValueError, TypeError, AttributeError, NotImplementedError, KeyError, RecursionError):
-        return False  # SymPy gave up, in one of its many ways
+    except (ArithmeticError, ValueError, TypeError, AttributeError, KeyError, RuntimeError):
+        return False  # SymPy gave up, in one of its many ways; recursion and "no algorithm" are among RuntimeError
 
 
 @functools.cache
