@@ -10,7 +10,7 @@ from typing import Any, Literal
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int, PRNGKeyArray, PyTree
+from jaxtyping import Array, Float, Int, PRNGKeyArray
 
 from magistral_jax.policy.attention import (
     PagedCache,
@@ -22,7 +22,6 @@ from magistral_jax.policy.attention import (
 from magistral_jax.policy.config import ModelConfig
 from magistral_jax.policy.layers import DecoderLayer, rms_norm
 
-Params = PyTree[Array]
 _FLOAT32 = jnp.dtype("float32")
 
 

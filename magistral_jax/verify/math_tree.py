@@ -38,15 +38,10 @@ class Group:
     items: tuple["Tree", ...]
     closing: str
 
-    @property
-    def is_set(self) -> bool:
-        """True for `{…}`, whose order and repetitions mean nothing."""
-        return self.opening == "{"
-
 
 @dataclasses.dataclass(frozen=True)
 class Series:
-    """Two or more answers without brackets: `1, 2`, `x = 1 or x = 2`. The order means nothing."""
+    """Two or more answers without brackets: `1, 2`, `x = 1 or x = 2`. Whether their order counts, the question says."""
 
     items: tuple["Tree", ...]
 

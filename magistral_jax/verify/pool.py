@@ -21,7 +21,7 @@ from types import TracebackType
 from typing import Any
 
 from magistral_jax.records import MagistralError, Reward
-from magistral_jax.verify.code_tests import CodeTests, select_tests
+from magistral_jax.verify.code_tests import select_tests
 from magistral_jax.verify.config import CodeConfig, PoolConfig, RewardConfig, SandboxConfig
 from magistral_jax.verify.dispatch import Dispatcher
 from magistral_jax.verify.item import Task, VerifyItem
@@ -171,7 +171,7 @@ class VerifierPool:
             kind = "function"
         elif kind == "code":
             tests = select_tests(task.item.problem, self._code, task.item.test_seed)
-            deadline += self._longest_run(tests)
+            deadline += tests.longest_run(self._code)  # beyond it no limit holds any more: a box is broken
         if kind != "function":  # nothing else reads the other columns, and they may be large
             problem = dataclasses.replace(task.item.problem, extra={})
             task = dataclasses.replace(task, item=dataclasses.replace(task.item, problem=problem), tests=tests)
@@ -181,11 +181,6 @@ class VerifierPool:
         self._dispatcher.inbox.append(job)
         self._dispatcher.wake()
         return job
-
-    def _longest_run(self, tests: CodeTests) -> float:
-        """Seconds after which no limit on compiler and tests can be holding any more: a box is broken."""
-        num_programs = 1 if tests.checker is None else 2
-        return num_programs * (self._code.compile_seconds + len(tests.tests) * tests.wall_seconds)
 
     def _cancel(self, owner: object) -> int:
         num_cancelled = self._ledger.cancel(owner)

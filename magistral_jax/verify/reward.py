@@ -14,7 +14,7 @@ from magistral_jax.verify.format import CodeBlock, FormatFault, Sections, first_
 from magistral_jax.verify.item import VerifyItem
 from magistral_jax.verify.language import LanguageOutcome, consistent_language
 from magistral_jax.verify.length import length_reward
-from magistral_jax.verify.math_answer import grade_math
+from magistral_jax.verify.math_answer import asks_for_order, grade_math
 
 UNGRADED = Reward(Verdict.SANDBOX_ERROR, 0.0, 0.0, 0.0, 0.0, path="ungraded", seconds=0.0)
 """Of a completion about which nothing is known."""
@@ -65,7 +65,7 @@ def shape_reward(
     if submission is None:
         return form
     assert isinstance(submission.answer, str)
-    verdict, path = grade_math(submission.answer, problem.answer)
+    verdict, path = grade_math(submission.answer, problem.answer, is_ordered=asks_for_order(problem.statement))
     return settle(form, verdict, path, config.correctness if verdict is Verdict.CORRECT else 0.0)
 
 

@@ -15,6 +15,7 @@ from typing import Any
 import pytest
 
 from magistral_jax.records import MagistralError, Problem, Reward, Verdict
+from magistral_jax.verify.code_tests import CodeTests
 from magistral_jax.verify.config import PoolConfig, RewardConfig
 from magistral_jax.verify.fleet import Worker
 from magistral_jax.verify.item import Message, Task, VerifyItem, encode_message, read_task
@@ -199,7 +200,7 @@ def test_a_function_that_hangs_is_tried_again_and_then_reported(fleet: FakeFleet
 
 def test_the_deadline_of_a_program_is_beyond_all_its_limits(fleet: FakeFleet, monkeypatch: pytest.MonkeyPatch):
     """So it is the box that is broken when it passes, and not the program that is slow."""
-    monkeypatch.setattr(VerifierPool, "_longest_run", lambda self, tests: 0.4)
+    monkeypatch.setattr(CodeTests, "longest_run", lambda self, config: 0.4)
     fleet.script = stuck
     with make_pool(num_workers=2, deadline=0.1) as pool:
         (reward,) = pool.grade_all([item(kind="code")])

@@ -159,3 +159,12 @@ def test_an_own_function_wants_the_tags_only():
     assert find("thing", config=config) is FormatFault.NO_OPENING_TAG
     assert find("<think>some</think>thing", "code", config, is_strict=False) == found
     assert find("thing", config=config, is_strict=False) == Submission(Sections("", "thing"), None)
+
+
+@pytest.mark.parametrize(
+    ("statement", "verdict"), [("List them in order.", Verdict.WRONG), ("Find all.", Verdict.CORRECT)]
+)
+def test_the_question_decides_whether_the_order_of_a_list_counts(statement: str, verdict: Verdict):
+    completion = "<think>Well.</think>\\boxed{3, 2, 1}"
+    reward = shape_reward(completion, Problem("p", statement, "1, 2, 3"), 1, 9, False, RewardConfig())
+    assert reward.verdict is verdict
