@@ -10,6 +10,8 @@ import threading
 import types
 from collections.abc import Iterator
 
+_AGAIN = 0.1  # CPU-seconds to the next attempt: the interpreter drops what is raised inside a finaliser or gc callback
+
 
 class OutOfTimeError(BaseException):
     """The CPU time is used up. Not an `Exception`: libraries catch those to try something else."""
@@ -25,7 +27,7 @@ def cpu_limit(seconds: float) -> Iterator[None]:
         yield
         return
     previous = signal.signal(signal.SIGPROF, _stop)
-    signal.setitimer(signal.ITIMER_PROF, seconds)
+    signal.setitimer(signal.ITIMER_PROF, seconds, _AGAIN)
     try:
         yield
     finally:
@@ -39,11 +41,11 @@ def without_limit() -> Iterator[None]:
     if threading.current_thread() is not threading.main_thread():
         yield
         return
-    remaining, _ = signal.setitimer(signal.ITIMER_PROF, 0)
+    remaining, again = signal.setitimer(signal.ITIMER_PROF, 0)
     try:
         yield
     finally:
-        signal.setitimer(signal.ITIMER_PROF, remaining)
+        signal.setitimer(signal.ITIMER_PROF, remaining, again)
 
 
 def _stop(_signal: int, _frame: types.FrameType | None) -> None:

@@ -28,6 +28,22 @@ def test_a_busy_body_is_stopped_through_handlers_of_exceptions():
         spin_stubbornly()
 
 
+class Finalised:
+    def __del__(self) -> None:
+        spin(0.5)
+
+
+def spin_after_a_finaliser() -> None:
+    Finalised()
+    spin(60)
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+def test_a_body_is_stopped_though_the_limit_is_met_inside_a_finaliser():
+    with pytest.raises(OutOfTimeError), cpu_limit(0.05):
+        spin_after_a_finaliser()
+
+
 def test_nothing_is_left_behind():
     before = signal.getsignal(signal.SIGPROF)
     with cpu_limit(0.05):

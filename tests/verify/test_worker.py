@@ -58,7 +58,7 @@ def test_a_defect_of_the_grader_is_no_wrong_answer():
 
 
 def test_the_self_test_notices_a_grader_that_does_not_grade(monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr("magistral_jax.verify.reward.grade_math", lambda answer, reference: (Verdict.WRONG, "broken"))
+    monkeypatch.setattr("magistral_jax.verify.reward.grade_math", lambda *texts, **how: (Verdict.WRONG, "broken"))
     with pytest.raises(RuntimeError, match="self-test"):
         warm_up(RewardConfig())
 
