@@ -196,7 +196,7 @@ def main(args: Args) -> None:
     table = Table("set", "num", "right pass", "wrong fail", "exit fail", "seconds")
     results: dict[str, Any] = {"mechanism": mechanism.value, "absent": absent, "sets": {}}
     odd: list[str] = []
-    with CodeGrader(mechanism, CodeConfig(), slot=0) as grader:
+    with CodeGrader(mechanism, CodeConfig()) as grader:
         for name in names:
             if name in absent:
                 continue

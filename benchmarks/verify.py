@@ -295,7 +295,7 @@ def run_ours(language: str, sources: Sequence[str], tests: Sequence[dict[str, st
     mechanism = choose_mechanism(args.mechanism)
     grade = lambda grader, source: grader.grade(CodeBlock(language, source), selected).verdict is Verdict.CORRECT
 
-    with CodeGrader(mechanism, config, slot=0) as grader:
+    with CodeGrader(mechanism, config) as grader:
         grade(grader, SOURCES[language])  # starts the boxes
         start, start_cpu = time.perf_counter(), family_cpu()
         num_right = sum(grade(grader, source) for source in sources)

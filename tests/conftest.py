@@ -3,6 +3,7 @@
 import os
 import pathlib
 import shutil
+import signal
 
 import pytest
 
@@ -17,6 +18,9 @@ jax.config.update("jax_numpy_rank_promotion", "raise")
 jax.config.update("jax_compilation_cache_dir", str(pathlib.Path(__file__).parents[1] / ".jax_cache"))
 jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
 jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
+
+# In the background of a shell Ctrl-C is ignored, and so it would be in all that the tests start and interrupt.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 SYSTEM_PROGRAMS = {"bwrap": "bubblewrap", "g++": "g++"}
 

@@ -25,7 +25,6 @@ from magistral_jax.verify.sandbox.mechanism import Mechanism, SandboxUnavailable
 _PROG = "magistral-jax sandbox"
 _NAMES = {"auto": "auto", **{mechanism.value: mechanism.value for mechanism in Mechanism}, "bwrap": "bubblewrap"}
 _LANGUAGES = {".py": Language.PYTHON, **dict.fromkeys((".cpp", ".cc", ".cxx"), Language.CPP)}
-_SLOT = 300  # far from those of the workers of a pool, which may be running beside this command
 
 
 @dataclasses.dataclass(frozen=True)
@@ -86,7 +85,7 @@ def run(words: Run) -> dict[str, Any]:
     config = CodeConfig()
     limits = Limits(config.cpu_seconds, config.wall_seconds, config.memory_mib)
     with claimed_folder() as folder:
-        boxes = GraderBoxes(mechanism, config, slot=_SLOT, folder=folder)
+        boxes = GraderBoxes(mechanism, config, folder=folder)
         with contextlib.closing(boxes):
             try:
                 done = _fields(boxes.run(program, stdin, limits))

@@ -37,13 +37,12 @@ class CompileError(Exception):
 class Compiler:
     """Compiles one program after another. A context manager: its box ends with it."""
 
-    def __init__(self, mechanism: Mechanism, config: CodeConfig, *, slot: int, scratch: pathlib.Path) -> None:
+    def __init__(self, mechanism: Mechanism, config: CodeConfig, *, scratch: pathlib.Path) -> None:
         """Start the box.
 
         Args:
           mechanism: What confines the compiler.
           config: Which compiler, and its limits.
-          slot: Of the box.
           scratch: Empty folder that the compiler may write to.
 
         Raises:
@@ -64,7 +63,6 @@ class Compiler:
         installation = self._toolchain.installation
         self._box = Box(
             mechanism,
-            slot=slot,
             readable={
                 "/headers": str(self._toolchain.headers),
                 **({installation: installation} if installation else {}),

@@ -71,20 +71,18 @@ class _CheckerFault(Exception):
 class CodeGrader:
     """Grades one solution after another. A context manager: boxes and folders end with it."""
 
-    def __init__(self, mechanism: Mechanism, config: CodeConfig, *, slot: int) -> None:
+    def __init__(self, mechanism: Mechanism, config: CodeConfig) -> None:
         """Find the compiler and precompile the standard header, which takes seconds once on each machine.
 
         Args:
           mechanism: What confines compiler, solutions and checkers.
           config: Limits.
-          slot: Number of the worker; no two live ones share it.
 
         Raises:
           MagistralError: There is no compiler that can be used.
         """
         self._mechanism = mechanism
         self._config = config
-        self._slot = slot
         prepare_toolchain(config.compiler)
         self._resources = contextlib.ExitStack()
         self._boxes: GraderBoxes | None = None
@@ -191,7 +189,7 @@ class CodeGrader:
         if self._num_graded % _SOLUTIONS_PER_BOX == 0:
             self._close_boxes()
         if self._boxes is None:
-            self._boxes = GraderBoxes(self._mechanism, self._config, slot=self._slot, folder=self._folder)
+            self._boxes = GraderBoxes(self._mechanism, self._config, folder=self._folder)
         return self._boxes
 
     def _close_boxes(self) -> None:

@@ -83,11 +83,10 @@ class ProgramRunner:
 class GraderBoxes:
     """The boxes of one grader, and what is loaded in them."""
 
-    def __init__(self, mechanism: Mechanism, config: CodeConfig, *, slot: int, folder: pathlib.Path) -> None:
+    def __init__(self, mechanism: Mechanism, config: CodeConfig, *, folder: pathlib.Path) -> None:
         """Args: an empty `folder` of this process alone; the rest as for `CodeGrader`."""
         self._mechanism = mechanism
         self._config = config
-        self._slot = slot
         self._folder = folder
         self._resources = contextlib.ExitStack()
         self._loaded: dict[ProgramRunner, tuple[Program, str]] = {}
@@ -131,25 +130,21 @@ class GraderBoxes:
     @functools.cached_property
     def _compiler(self) -> Compiler:
         scratch = self._make_folder()
-        compiler = Compiler(self._mechanism, self._config, slot=self._slot_of(0), scratch=scratch)
+        compiler = Compiler(self._mechanism, self._config, scratch=scratch)
         return self._resources.enter_context(compiler)
 
     @functools.cached_property
     def _solutions(self) -> ProgramRunner:
-        return self._start_runner(1)
+        return self._start_runner()
 
     @functools.cached_property
     def _checkers(self) -> ProgramRunner:
-        return self._start_runner(2)
+        return self._start_runner()
 
-    def _start_runner(self, place: int) -> ProgramRunner:
+    def _start_runner(self) -> ProgramRunner:
         folder = self._make_folder()
-        box = Box(self._mechanism, slot=self._slot_of(place), readable={_INSIDE: str(folder)}, python=True)
+        box = Box(self._mechanism, readable={_INSIDE: str(folder)}, python=True)
         return ProgramRunner(self._resources.enter_context(box), folder)
-
-    def _slot_of(self, place: int) -> int:
-        """Every box has a slot of its own; a worker has three."""
-        return 3 * self._slot + place
 
     def _make_folder(self) -> pathlib.Path:
         """A folder for one box, gone when the boxes are closed."""

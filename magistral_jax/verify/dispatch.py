@@ -34,7 +34,6 @@ class _Seat:
 
     worker: Worker
     kind: str
-    slot: int
     due: float  # when it has to have finished what it is doing
     pid: int = 0  # 0 until it is up
     job: Job | None = None  # with a worker that is up: it has been sent
@@ -111,13 +110,11 @@ class Dispatcher:
         for seat in self._seats:
             if seat.kind == kind and seat.job is None:
                 return seat
-        taken = {seat.slot for seat in self._seats if seat.kind == kind}
-        slot = next(slot for slot in range(self._config.num_workers) if slot not in taken)
         if self._num_failed_starts[kind] >= _MAX_FAILED_STARTS:
             words = self._last_words or "no message"
             raise MagistralError(f"the verifier workers of kind {kind} die as they start: {words}")
-        worker = self._fleet.fork(kind, slot)
-        seat = _Seat(worker, kind, slot, due=time.monotonic() + self._config.start_deadline)
+        worker = self._fleet.fork(kind)
+        seat = _Seat(worker, kind, due=time.monotonic() + self._config.start_deadline)
         self._seats.append(seat)
         self._selector.register(worker.connection, selectors.EVENT_READ, seat)
         self._ledger.count("num_forks")

@@ -125,12 +125,12 @@ class Fleet:
         """False once the zygote is gone, which is seen here before its workers follow it."""
         return not select.select([self.commands], [], [], 0)[0]  # it has no more to say, so this is its end
 
-    def fork(self, kind: str, slot: int) -> Worker:
+    def fork(self, kind: str) -> Worker:
         """Start a worker of a kind. Without a zygote it is one that is gone at once."""
         ours, theirs = socket.socketpair()
         worker = Worker(next(self._numbers), ours)
         with theirs, contextlib.suppress(OSError):
-            socket.send_fds(self.commands, [f"f {worker.number} {kind} {slot}".encode()], [theirs.fileno()])
+            socket.send_fds(self.commands, [f"f {worker.number} {kind}".encode()], [theirs.fileno()])
         return worker
 
     def kill(self, worker: Worker) -> None:

@@ -91,22 +91,19 @@ def warm_up(config: RewardConfig) -> None:
 # ---- the process ----------------------------------------------------------------------------------------------------
 
 
-def serve(
-    connection: socket.socket, kind: str, slot: int, config: WorkerConfig, function: RewardFunction | None
-) -> None:
+def serve(connection: socket.socket, kind: str, config: WorkerConfig, function: RewardFunction | None) -> None:
     """Grade until the other end is closed. Says `ready` once a completion could be graded within the limits.
 
     Args:
       connection: To the parent.
       kind: "math", "code" or "function".
-      slot: Number of a code worker, for its boxes; no two live ones share it.
       config: Settings.
       function: What a function worker calls.
     """
     silence()
     with connection.makefile("rb") as tasks, contextlib.ExitStack() as stack:
         try:
-            judge = stack.enter_context(_prepared(kind, slot, config, function))
+            judge = stack.enter_context(_prepared(kind, config, function))
         except Exception as error:
             connection.sendall(encode_message(Message("failed", detail=f"{type(error).__name__}: {error}")))
             return
@@ -120,10 +117,10 @@ def serve(
 
 
 @contextlib.contextmanager
-def _prepared(kind: str, slot: int, config: WorkerConfig, function: RewardFunction | None) -> Iterator[Judge]:
+def _prepared(kind: str, config: WorkerConfig, function: RewardFunction | None) -> Iterator[Judge]:
     """Confine the process, or start its boxes; yields what judges."""
     if kind == "code":
-        with CodeGrader(config.mechanism, config.code, slot=slot) as grader:
+        with CodeGrader(config.mechanism, config.code) as grader:
             yield CodeJudge(grader, config.code.partial)
         return
     confine_grader(config.mechanism, memory_mib=config.memory_mib, readable=[*sys.path, sys.prefix, sys.base_prefix])

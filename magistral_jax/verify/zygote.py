@@ -48,7 +48,7 @@ def main() -> None:
             break
         command, number, *rest = message.decode().split()
         if command == "f":
-            workers[int(number)] = _fork(commands, descriptors[0], rest[0], int(rest[1]), config, function)
+            workers[int(number)] = _fork(commands, descriptors[0], rest[0], config, function)
             os.close(descriptors[0])
         elif int(number) in workers:  # else it was one of another zygote, before this
             _kill(workers.pop(int(number)))
@@ -74,12 +74,7 @@ def _load(config: RewardConfig) -> RewardFunction | None:
 
 
 def _fork(
-    commands: socket.socket,
-    descriptor: int,
-    kind: str,
-    slot: int,
-    config: WorkerConfig,
-    function: RewardFunction | None,
+    commands: socket.socket, descriptor: int, kind: str, config: WorkerConfig, function: RewardFunction | None
 ) -> int:
     zygote = os.getpid()
     pid = os.fork()
@@ -90,7 +85,7 @@ def _fork(
         # A worker that is stuck does not see its socket close, so the kernel ends it with the zygote.
         ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
         if os.getppid() == zygote:
-            serve(socket.socket(fileno=descriptor), kind, slot, config, function)
+            serve(socket.socket(fileno=descriptor), kind, config, function)
     finally:
         os._exit(0)  # whatever it was, the parent sees the socket close
 

@@ -13,7 +13,6 @@ from magistral_jax.verify.config import CodeConfig
 from magistral_jax.verify.sandbox.box import Box
 from magistral_jax.verify.sandbox.execution import Limits, Mechanism
 
-SLOT = 310
 MECHANISMS = [Mechanism.BUBBLEWRAP, Mechanism.LANDLOCK]
 
 
@@ -26,7 +25,7 @@ def scratch() -> Iterator[pathlib.Path]:
 
 @pytest.fixture(params=MECHANISMS, ids=lambda it: it.value)
 def compiler(request: pytest.FixtureRequest, scratch: pathlib.Path, no_cache: None) -> Iterator[Compiler]:
-    with Compiler(request.param, CodeConfig(), slot=SLOT, scratch=scratch) as compiler:
+    with Compiler(request.param, CodeConfig(), scratch=scratch) as compiler:
         yield compiler
 
 
@@ -124,7 +123,7 @@ BOMBS = {
 @pytest.mark.parametrize("name", BOMBS)
 def test_a_bomb_is_refused(name: str, scratch: pathlib.Path, no_cache: None):
     config = CodeConfig(compile_seconds=2.0)
-    with Compiler(Mechanism.LANDLOCK, config, slot=SLOT, scratch=scratch) as compiler:
+    with Compiler(Mechanism.LANDLOCK, config, scratch=scratch) as compiler:
         with pytest.raises(CompileError) as refusal:
             compiler.compile(BOMBS[name])
         assert (name == "templates") == (refusal.value.path == "compile_timeout")
@@ -145,7 +144,7 @@ def test_binaries_are_kept_by_content(monkeypatch: pytest.MonkeyPatch, scratch: 
         return box_run(self, argv, stdin=stdin, limits=limits, cwd=cwd, environment=environment)
 
     monkeypatch.setattr(Box, "run", count)
-    with Compiler(Mechanism.LANDLOCK, CodeConfig(), slot=SLOT, scratch=scratch) as compiler:
+    with Compiler(Mechanism.LANDLOCK, CodeConfig(), scratch=scratch) as compiler:
         first = compiler.compile("int main() { return 1; }")
         assert compiler.compile("int main() { return 1; }") == first
         assert len(runs) == 1

@@ -18,18 +18,17 @@ from magistral_jax.verify.sandbox.box import BoxError
 from magistral_jax.verify.sandbox.execution import Mechanism
 
 CONFIG = CodeConfig()
-SLOT = 100
 
 
 @pytest.fixture(scope="module", params=[Mechanism.BUBBLEWRAP, Mechanism.LANDLOCK], ids=lambda it: it.value)
 def grader(request: pytest.FixtureRequest) -> Iterator[CodeGrader]:
-    with CodeGrader(request.param, CONFIG, slot=SLOT) as grader:
+    with CodeGrader(request.param, CONFIG) as grader:
         yield grader
 
 
 @pytest.fixture(scope="module")
 def landlock_grader() -> Iterator[CodeGrader]:
-    with CodeGrader(Mechanism.LANDLOCK, CONFIG, slot=SLOT + 1) as grader:
+    with CodeGrader(Mechanism.LANDLOCK, CONFIG) as grader:
         yield grader
 
 
@@ -96,7 +95,7 @@ def test_a_compiler_that_takes_too_long():
         "template <int m> struct T<0, m> {};\n"
     )
     config = CodeConfig(compile_seconds=1.0)
-    with CodeGrader(Mechanism.LANDLOCK, config, slot=SLOT) as grader:
+    with CodeGrader(Mechanism.LANDLOCK, config) as grader:
         found = judged(grader, "cpp", bomb + "T<25, 0> t;\nint main() {}\n", make_tests(*ADD))
         assert (found.verdict, found.path) == (Verdict.COMPILE_ERROR, "compile_timeout")
         assert judged(grader, "cpp", "int main() {}", make_tests(("", ""))).verdict is Verdict.CORRECT
@@ -137,7 +136,7 @@ def test_one_solution_cannot_run_another(grader: CodeGrader):
 def test_partial_runs_all_tests():
     source = "x = int(input())\nprint(x if x % 2 else 0)\n"
     tests = make_tests(*((str(i), str(i)) for i in range(1, 7)))
-    with CodeGrader(Mechanism.LANDLOCK, CodeConfig(partial=True), slot=SLOT) as grader:
+    with CodeGrader(Mechanism.LANDLOCK, CodeConfig(partial=True)) as grader:
         found = judged(grader, "python", source, tests)
     assert found == CodeVerdict(Verdict.WRONG, "test 2: token 1 differs", 3, 6)
 
@@ -269,14 +268,14 @@ def test_a_solution_sees_no_file_of_the_checker(grader: CodeGrader):
 
 def test_a_machine_on_which_right_programs_fail_is_noticed_at_once(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr("magistral_jax.verify.code_compile._MEMORY_MIB", 10)
-    grader = CodeGrader(Mechanism.LANDLOCK, CONFIG, slot=SLOT)
+    grader = CodeGrader(Mechanism.LANDLOCK, CONFIG)
     with pytest.raises(MagistralError, match="code verification does not work here: a right cpp program got compile_"):
         grader.__enter__()
 
 
 def test_a_missing_compiler_is_noticed_at_once():
     with pytest.raises(MagistralError, match="no C\\+\\+ compiler 'no-such-compiler' on this machine"):
-        CodeGrader(Mechanism.LANDLOCK, CodeConfig(compiler="no-such-compiler"), slot=SLOT)
+        CodeGrader(Mechanism.LANDLOCK, CodeConfig(compiler="no-such-compiler"))
 
 
 # --- failures of the machinery ---------------------------------------------------------------------------------------

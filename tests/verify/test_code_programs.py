@@ -15,7 +15,7 @@ from magistral_jax.verify.sandbox.execution import Mechanism
 
 @pytest.fixture(scope="module", params=[Mechanism.BUBBLEWRAP, Mechanism.LANDLOCK], ids=lambda it: it.value)
 def grader(request: pytest.FixtureRequest) -> Iterator[CodeGrader]:
-    with CodeGrader(request.param, CodeConfig(), slot=101) as grader:
+    with CodeGrader(request.param, CodeConfig()) as grader:
         yield grader
 
 

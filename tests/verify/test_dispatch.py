@@ -47,7 +47,7 @@ class FakeFleet:
     script: Script = staticmethod(correct)
 
     def __init__(self) -> None:
-        self.forked: list[tuple[str, int]] = []
+        self.forked: list[str] = []
         self.killed: list[int] = []
         self.is_reading = threading.Event()
         self.is_reading.set()
@@ -55,10 +55,10 @@ class FakeFleet:
     def __call__(self, *config: Any) -> "FakeFleet":
         return self
 
-    def fork(self, kind: str, slot: int) -> Worker:
+    def fork(self, kind: str) -> Worker:
         ours, theirs = socket.socketpair()
         worker = Worker(len(self.forked), ours)
-        self.forked.append((kind, slot))
+        self.forked.append(kind)
         threading.Thread(target=self._work, args=(worker.number, theirs), daemon=True).start()
         return worker
 
@@ -151,22 +151,20 @@ def test_each_kind_has_its_workers_and_no_more_than_the_limit_are_busy(fleet: Fa
         for _ in range(4):
             assert gate.arrived.acquire(timeout=PATIENCE)
     assert sorted(gate.taken) == ["1", "2", "3", "4", "5", "6"]
-    assert sorted(set(fleet.forked)) == sorted(fleet.forked), "two live workers of a kind have one slot"
-    assert {slot for _, slot in fleet.forked} <= {0, 1}
+    assert set(fleet.forked) == {"math", "code"}
     assert pool.metrics().kinds == {"math": 3, "code": 3}
 
 
-def test_a_slot_is_free_again_when_its_worker_is_gone(fleet: FakeFleet):
+def test_a_worker_that_is_gone_makes_room_for_another(fleet: FakeFleet):
     with make_pool(num_workers=2, recycle_after=1) as pool:
         pool.grade_all([item(kind="code")] * 6)
-    assert len(fleet.forked) == 6
-    assert {slot for _, slot in fleet.forked} <= {0, 1}
+    assert fleet.forked == ["code"] * 6
 
 
 def test_a_function_grades_problems_of_every_kind(fleet: FakeFleet):
     with make_pool(function="a:b", num_workers=1) as pool:
         pool.grade_all([item(), item(kind="code")])
-    assert fleet.forked == [("function", 0)]
+    assert fleet.forked == ["function"]
 
 
 # ---- deadlines and failures ----

@@ -71,7 +71,7 @@ def served(monkeypatch: pytest.MonkeyPatch, kind: str, function=None) -> list[Me
     config = WorkerConfig(RewardConfig(), CodeConfig(compiler="no-such-compiler"), Mechanism.UNSAFE, 1024)
     with ours, theirs:
         ours.shutdown(socket.SHUT_WR)
-        serve(theirs, kind, 0, config, function)
+        serve(theirs, kind, config, function)
         theirs.shutdown(socket.SHUT_WR)
         return [decode_message(line) for line in ours.makefile("rb")]
 

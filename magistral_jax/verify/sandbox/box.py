@@ -17,6 +17,7 @@ from typing import Any
 from magistral_jax.verify.sandbox.execution import Cause, Execution, Limits, Mechanism, Status, judge
 from magistral_jax.verify.sandbox.protocol import Channel, ChannelClosed
 from magistral_jax.verify.sandbox.start import ENVIRONMENT, runner_command
+from magistral_jax.verify.sandbox.users import claimed_user
 
 DEFAULT_LIMITS = Limits()
 _START_SECONDS = 60.0
@@ -38,7 +39,6 @@ class Box:
         self,
         mechanism: Mechanism,
         *,
-        slot: int = 0,
         readable: Mapping[str, str] | None = None,
         writable: Mapping[str, str] | None = None,
         python: bool = False,
@@ -47,16 +47,14 @@ class Box:
 
         Args:
           mechanism: What confines.
-          slot: Number of the box among those of this machine that live at a time. Where this process is root, programs
-            become a user of the slot's own.
           readable: Path inside the box to folder on the host: what programs can read and execute. Where programs
             become another user, others must be able to read it.
-          writable: The same for what they can write; such a folder is handed over to the slot's user.
+          writable: The same for what they can write; such a folder is handed over to that user.
           python: Be ready for `run_python`.
 
         Raises:
           BoxError: The mechanism does not work here, or the runner did not start.
-          MagistralError: The slot's user cannot get to a folder.
+          MagistralError: That user cannot get to a folder.
         """
         self._folders = {**(readable or {}), **(writable or {})}
         self._is_mapped = mechanism is Mechanism.BUBBLEWRAP
@@ -67,10 +65,12 @@ class Box:
         self._socket = self._stack.enter_context(ours)
         self._channel = Channel(ours.fileno())
         try:
+            claim = contextlib.nullcontext() if mechanism is Mechanism.UNSAFE else claimed_user()
+            self.uid = self._stack.enter_context(claim)  # the user that programs become; None is ours
             with theirs:
                 self._process = subprocess.Popen(
                     runner_command(
-                        mechanism, slot=slot, readable=readable or {}, writable=writable or {}, python=python
+                        mechanism, uid=self.uid, readable=readable or {}, writable=writable or {}, python=python
                     ),
                     stdin=theirs.fileno(),
                     stdout=subprocess.DEVNULL,

@@ -12,7 +12,6 @@ from collections.abc import Iterator
 from magistral_jax.verify.sandbox.box import Box, BoxError
 from magistral_jax.verify.sandbox.execution import Limits, Mechanism, Status
 
-_SLOT = 1000  # beside those of working boxes
 LIMITS = Limits(cpu_seconds=2.0, wall_seconds=30.0, memory_mib=300)
 _ESCAPED = b"ESCAPED"
 
@@ -56,7 +55,7 @@ def self_test(mechanism: Mechanism) -> None:
     Raises:
       BoxError: The box does not work, or an attack does; the message names it.
     """
-    with _targets() as preamble, Box(mechanism, slot=_SLOT, python=True) as box:
+    with _targets() as preamble, Box(mechanism, python=True) as box:
         box.load_python(b"print(int(input()) + 1)")
         execution = box.run_python(stdin=b"41\n", limits=LIMITS)
         if execution.status is not Status.OK or execution.stdout != b"42\n":

@@ -5,7 +5,7 @@ import pathlib
 from collections.abc import Mapping
 
 from magistral_jax.records import MagistralError
-from magistral_jax.verify.sandbox import bubblewrap, interpreter, privileges, runner
+from magistral_jax.verify.sandbox import bubblewrap, interpreter, runner
 from magistral_jax.verify.sandbox.execution import Mechanism
 from magistral_jax.verify.sandbox.settings import RunnerSettings
 
@@ -18,7 +18,6 @@ ENVIRONMENT = {
 }
 """Environment of the runner and of all programs. Nothing of the host's, which may hold secrets."""
 
-_FIRST_UID = 64001
 _NUM_PROCESSES = 64  # of a user that is the box's own
 _MORE_PROCESSES = 1024  # beside all that the machine has, of a user that others share
 _RUNNER_FOLDER = pathlib.Path(runner.__file__).resolve().parent
@@ -37,17 +36,14 @@ main()
 
 
 def runner_command(
-    mechanism: Mechanism, *, slot: int, readable: Mapping[str, str], writable: Mapping[str, str], python: bool
+    mechanism: Mechanism, *, uid: int | None, readable: Mapping[str, str], writable: Mapping[str, str], python: bool
 ) -> list[str]:
-    """The command line; arguments as for `Box`.
+    """The command line; `uid` is the user that programs become, the rest as for `Box`.
 
     Raises:
       FileNotFoundError: Bubblewrap is not installed.
-      MagistralError: The slot's user cannot get to a folder.
+      MagistralError: The user `uid` cannot get to a folder.
     """
-    uid = _FIRST_UID + slot
-    if mechanism is Mechanism.UNSAFE or not privileges.can_become(uid):
-        uid = None
     own_files = [interpreter.executable(), *interpreter.folders()]
     parents_count = mechanism is not Mechanism.BUBBLEWRAP  # which makes new ones
     if uid is not None:

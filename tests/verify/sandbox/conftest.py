@@ -3,6 +3,7 @@
 import contextlib
 import os
 import pathlib
+import re
 import subprocess
 import tempfile
 import time
@@ -22,15 +23,9 @@ def mechanism(request):
     return request.param
 
 
-@pytest.fixture(scope="session")
-def slot():
-    """A slot, and so a user, of this test run's own: other runs may go on beside."""
-    return 100 + os.getpid() % 400
-
-
 @pytest.fixture(scope="module")
-def python_box(mechanism, slot):
-    with Box(mechanism, slot=slot, python=True) as box:
+def python_box(mechanism):
+    with Box(mechanism, python=True) as box:
         yield box
 
 
@@ -88,13 +83,15 @@ def find_processes():
 
 
 @pytest.fixture(scope="session")
-def find_box_processes(slot):
-    """Finds what runs in the boxes of this test run: programs and runners have the folders of the boxes for arguments,
-    and programs are the slot's user where they can become one."""
+def find_stray_processes():
+    """Finds what a box has left behind: a process of a user that no box holds, or one of ours with a runner's settings.
+
+    Other test runs, and their boxes, may go on beside."""
 
     def find():
-        uid = 64001 + slot
-        users = [path for path in pathlib.Path("/proc").iterdir() if path.name.isdigit() and _user(path) == uid]
+        held = set(map(int, re.findall(r"@magistral-jax-user-(\d+)", pathlib.Path("/proc/net/unix").read_text())))
+        of_boxes = set(range(64001, 64001 + 1024)) - held
+        users = [path for path in pathlib.Path("/proc").iterdir() if path.name.isdigit() and _user(path) in of_boxes]
         return [*users, *processes_with(f'"host_pid": {os.getpid()},', "cmdline")]
 
     return find

@@ -84,10 +84,10 @@ def _secret_variable(monkeypatch):
 
 
 @pytest.fixture(scope="module", autouse=True)
-def _nothing_is_left(find_box_processes):
+def _nothing_is_left(find_stray_processes, wait_until):
     """When all boxes of this module are closed, no process of theirs is there, and no file anywhere."""
     yield
-    assert not find_box_processes()
+    wait_until(lambda: not find_stray_processes())
     assert not [path for place in PLACES for path in pathlib.Path(place).glob("sandbox-attack*")]
 
 
@@ -127,8 +127,8 @@ def attack(box, name, targets, limits=LIMITS):
 
 
 @pytest.fixture(scope="module")
-def cpp_box(mechanism, slot, binaries):
-    with Box(mechanism, slot=slot, readable={"/box": binaries}) as box:
+def cpp_box(mechanism, binaries):
+    with Box(mechanism, readable={"/box": binaries}) as box:
         yield box
 
 
@@ -142,8 +142,8 @@ def test_cpp(name, cpp_box, targets):
 
 
 @pytest.fixture(scope="module")
-def open_cpp_box(binaries, slot):
-    with Box(Mechanism.UNSAFE, slot=slot, readable={"/box": binaries}) as box:
+def open_cpp_box(binaries):
+    with Box(Mechanism.UNSAFE, readable={"/box": binaries}) as box:
         yield box
 
 
@@ -188,8 +188,8 @@ def test_python(name, python_box, targets):
 
 
 @pytest.fixture(scope="module")
-def open_python_box(slot):
-    with Box(Mechanism.UNSAFE, slot=slot, python=True) as box:
+def open_python_box():
+    with Box(Mechanism.UNSAFE, python=True) as box:
         yield box
 
 
@@ -218,10 +218,10 @@ LEAKS = [name for name, source in COMPILER.items() if "@secret@" in source or "p
 BOMB_LIMITS = dataclasses.replace(COMPILER_LIMITS, wall_seconds=1.0)
 
 
-def compile_attack(mechanism, slot, name, targets, scratch):
+def compile_attack(mechanism, name, targets, scratch):
     """The execution, and the bytes of all files that it left."""
     source = COMPILER[name].replace("@secret@", targets["secret"]) + "\nint main() {}\n"
-    with Box(mechanism, slot=slot, writable={"/scratch": scratch}) as box:
+    with Box(mechanism, writable={"/scratch": scratch}) as box:
         command = ["/usr/bin/g++", "-std=c++20", "-w", "-x", "c++", "-", "-o", box.path("/scratch/program")]
         environment = {"TMPDIR": box.path("/scratch")}
         limits = COMPILER_LIMITS if name in LEAKS else BOMB_LIMITS
@@ -237,8 +237,8 @@ def has_leaked(execution, files):
 
 
 @pytest.mark.parametrize("name", COMPILER)
-def test_compiler(name, mechanism, slot, targets, folder):
-    execution, files = compile_attack(mechanism, slot, name, targets, str(folder))
+def test_compiler(name, mechanism, targets, folder):
+    execution, files = compile_attack(mechanism, name, targets, str(folder))
     assert not has_leaked(execution, files), execution.stderr
     assert not harm(targets)
     assert sum(map(len, files)) <= 3 * COMPILER_LIMITS.file_bytes
@@ -247,6 +247,6 @@ def test_compiler(name, mechanism, slot, targets, folder):
 
 
 @pytest.mark.parametrize("name", [name for name in LEAKS if name not in COMPILER_WITHOUT_CANARY])
-def test_compiler_without_a_sandbox(name, slot, targets, folder):
-    execution, files = compile_attack(Mechanism.UNSAFE, slot, name, targets, str(folder))
+def test_compiler_without_a_sandbox(name, targets, folder):
+    execution, files = compile_attack(Mechanism.UNSAFE, name, targets, str(folder))
     assert has_leaked(execution, files), execution.stderr

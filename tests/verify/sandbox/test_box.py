@@ -1,5 +1,6 @@
 """What becomes of programs in a box: every status, with input and output of every size."""
 
+import contextlib
 import os
 import signal
 import tempfile
@@ -15,8 +16,8 @@ SHORT = Limits(cpu_seconds=0.3, wall_seconds=5.0, memory_mib=100)
 
 
 @pytest.fixture(scope="module")
-def box(mechanism, slot, binaries):
-    with Box(mechanism, slot=slot, readable={"/box": binaries}) as box:
+def box(mechanism, binaries):
+    with Box(mechanism, readable={"/box": binaries}) as box:
         yield box
 
 
@@ -195,9 +196,9 @@ def test_environment_and_folder(box, run):
     assert run("cwd", cwd=box.path("/box")).stdout.decode() == box.path("/box") + "\n"
 
 
-def test_a_writable_folder_is_the_only_one(mechanism, slot, folder, tmp_path):
+def test_a_writable_folder_is_the_only_one(mechanism, folder, tmp_path):
     (folder / "kept").mkdir()
-    with Box(mechanism, slot=slot, writable={"/kept": str(folder / "kept")}, python=True) as box:
+    with Box(mechanism, writable={"/kept": str(folder / "kept")}, python=True) as box:
         box.load_python(b"open(input(), 'w').write('x')")
         limits = Limits(file_bytes=100)
         assert box.run_python(stdin=box.path("/kept/file").encode(), limits=limits).status is Status.OK
@@ -208,8 +209,8 @@ def test_a_writable_folder_is_the_only_one(mechanism, slot, folder, tmp_path):
     assert not (folder / "other").exists()
 
 
-def test_files_are_limited_in_size(mechanism, slot, folder):
-    with Box(mechanism, slot=slot, writable={"/kept": str(folder)}, python=True) as box:
+def test_files_are_limited_in_size(mechanism, folder):
+    with Box(mechanism, writable={"/kept": str(folder)}, python=True) as box:
         box.load_python(b"with open(input(), 'w') as file: file.write('x' * 1000)")
         path = box.path("/kept/file").encode()
         assert box.run_python(stdin=path, limits=Limits(file_bytes=1000)).status is Status.OK
@@ -275,7 +276,7 @@ with open("/proc/self/maps") as maps, open("/proc/self/mem", "rb") as memory:
         assert marks[0] in box.run_python().stdout
 
 
-def test_who_keeps_its_file_user_for_the_interpreters_sake_keeps_nothing_else(mechanism, slot, folder, monkeypatch):
+def test_who_keeps_its_file_user_for_the_interpreters_sake_keeps_nothing_else(mechanism, folder, monkeypatch):
     """Root's interpreter may lie in root's home, which the users of programs cannot enter."""
     is_ours = lambda path, parents: path == folder
     monkeypatch.setattr("magistral_jax.verify.sandbox.interpreter.is_open_to_others", is_ours)
@@ -289,12 +290,12 @@ for attempt in (lambda: os.setuid(0), os.fork, lambda: open("/etc/shadow"), lamb
     try: print(attempt())
     except OSError as error: print(type(error).__name__)
 """
-    with Box(mechanism, slot=slot, readable={"/box": str(folder)}, python=True) as box:
+    with Box(mechanism, readable={"/box": str(folder)}, python=True) as box:
         box.load_python(source.encode())
         user, text, *attempts = box.run_python(stdin=box.path("/box/closed").encode()).stdout.decode().splitlines()
     assert text == "read"
     if os.geteuid() == 0:
-        uid = 64001 + slot
+        uid = box.uid
         assert user == f"{(uid, uid, uid)} (64, 64)"
     assert attempts[:2] == ["OSError", "BlockingIOError"]
     assert attempts[2] in ("PermissionError", "FileNotFoundError")
@@ -314,40 +315,41 @@ def test_a_program_that_is_not_there_is_a_failure_of_the_box_which_goes_on(box, 
     assert run("hello").status is Status.OK
 
 
-def test_a_runner_that_dies_is_a_failure_of_the_box(mechanism, slot, find_processes, wait_until):
+def test_a_runner_that_dies_is_a_failure_of_the_box(mechanism, find_processes, wait_until):
     mark = f"/mark-{os.getpid()}"
     with tempfile.TemporaryDirectory() as folder:
         os.chmod(folder, 0o755)
-        with Box(mechanism, slot=slot, readable={mark: folder}) as box:
+        with Box(mechanism, readable={mark: folder}) as box:
             for pid in find_processes(folder):  # it is in the settings of the runner
-                os.kill(pid, signal.SIGKILL)
+                with contextlib.suppress(ProcessLookupError):  # it went with the one before
+                    os.kill(pid, signal.SIGKILL)
             with pytest.raises(BoxError, match="the runner is gone"):
                 box.run(["/bin/true"])
             wait_until(lambda: not find_processes(folder))
 
 
-def test_what_the_mechanism_says_at_its_start_is_in_the_error(mechanism, slot):
+def test_what_the_mechanism_says_at_its_start_is_in_the_error(mechanism):
     with pytest.raises(BoxError, match="/missing"):
-        Box(mechanism, slot=slot, readable={"/box": "/missing"})
+        Box(mechanism, readable={"/box": "/missing"})
 
 
-def test_the_users_of_programs_have_to_reach_the_folders(slot, folder):
+def test_the_users_of_programs_have_to_reach_the_folders(folder):
     (folder / "closed").mkdir(mode=0o700)
     (folder / "closed" / "inner").mkdir(mode=0o755)
     if os.geteuid() == 0:
         with pytest.raises(MagistralError, match=r"closed must be open to other users"):
-            Box(Mechanism.BUBBLEWRAP, slot=slot, readable={"/box": str(folder / "closed")})
+            Box(Mechanism.BUBBLEWRAP, readable={"/box": str(folder / "closed")})
         with pytest.raises(MagistralError, match=r"set TMPDIR"):
-            Box(Mechanism.LANDLOCK, slot=slot, readable={"/box": str(folder / "closed" / "inner")})
+            Box(Mechanism.LANDLOCK, readable={"/box": str(folder / "closed" / "inner")})
     else:  # programs stay who they are
-        with Box(Mechanism.LANDLOCK, slot=slot, readable={"/box": str(folder / "closed")}) as box:
+        with Box(Mechanism.LANDLOCK, readable={"/box": str(folder / "closed")}) as box:
             assert box.run(["/bin/ls", box.path("/box")]).stdout == b"inner\n"
 
 
-def test_paths_are_the_hosts_where_there_are_no_namespaces(mechanism, slot, folder):
+def test_paths_are_the_hosts_where_there_are_no_namespaces(mechanism, folder):
     (folder / "a").mkdir()
     (folder / "b").mkdir()
-    with Box(mechanism, slot=slot, readable={"/box": str(folder), "/box/b": str(folder / "a")}) as box:
+    with Box(mechanism, readable={"/box": str(folder), "/box/b": str(folder / "a")}) as box:
         is_mapped = mechanism is Mechanism.BUBBLEWRAP
         assert box.path("/box/x/y") == ("/box/x/y" if is_mapped else f"{folder}/x/y")
         assert box.path("/box/b/y") == ("/box/b/y" if is_mapped else f"{folder}/a/y")
