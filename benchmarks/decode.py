@@ -1,45 +1,63 @@
-"""Decoding: tokens a second of the engine, beside google-tunix's sampler in the same run.
+"""Decoding: useful tokens a second of the engine, beside google-tunix's sampler and Hugging Face transformers.
 
-    python benchmarks/decode.py [--peer tunix|none] [--batch 32] [--num-batches 4] ...
+    python benchmarks/decode.py [--tunix-python PYTHON] [--transformers-python PYTHON] [--cases full ragged ...]
 
-Both sides hold the same weights (checked: their logits agree) and answer the same prompts: `num_batches` x `batch`
-requests. The engine takes them as a stream through `batch` slots; the peer takes a batch at a time, as it must.
+Each side is a process of its own, under the interpreter that its flag names (an empty one leaves the side out), since
+they hardly fit into one environment. All load one folder with the same random float32 weights and answer the same
+prompts. One works at a time; rounds go in turn, so that all meet the same neighbours, and the fastest round counts.
 
-  full    nothing stops: every completion has `new` tokens
-  ragged  vocab/32 of the token ids stop a completion, so that each sampled token stops it with probability near 1/32
-          (the random policy is nearly uniform), cut at `new` tokens
+  full       nothing stops: every completion has `new` tokens
+  ragged     vocab/32 of the token ids stop a completion, so that each sampled token stops it with probability near
+             1/32 (the random policy is nearly uniform), cut at `new` tokens
+  group      as `full`, but 8 samples share each prompt
+  long_tail  each request has its own limit, the same for every side: log-normal, mean 512, at most 4,096
 
 Prefill counts, compilation does not. Only useful tokens count, stop token included: what a completion holds when it is
-handed out. A finished row of the peer's batch is decoded on until the longest row ends and yields nothing more; that is
-the cost of batching without refill, not of this workload, and is why `ragged` is a case of its own. Which tokens are
+handed out. Who cannot refill a batch (Tunix, `generate`) decodes it until its longest row ends, and a finished row
+yields nothing more; `generate` is told each row's limit, Tunix knows one limit a batch, its longest. Which tokens are
 drawn differs between the sides (other random streams), so each is divided by its own count.
+
+The floor is the least that the useful tokens need on this machine: matrix products at the peak of a large product, and
+no decode step faster than its weights and KV cache are read at the bandwidth of a large copy, both measured here.
 """
 
+import contextlib
 import dataclasses
-from collections.abc import Callable
-from typing import Any
+import json
+import pathlib
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator
+from typing import Any, Literal
 
+import decode_work
 import jax
-import jax.numpy as jnp
 import machine
 import numpy as np
 import tunix_peer
 import tyro
+from decode_work import Work
+from rich.table import Table
 
-from magistral_jax.generate.batching import ContinuousBatcher, GenerationRequest
-from magistral_jax.generate.config import GenerationConfig
-from magistral_jax.policy.config import ModelConfig
+from magistral_jax.policy.hf_folder import save_folder
 from magistral_jax.policy.transformer import init_params
-from magistral_jax.publish.same_process import make_publish
-from magistral_jax.records import SamplingParams
+
+Case = Literal["full", "ragged", "group", "long_tail"]
 
 
 @dataclasses.dataclass(frozen=True)
 class Args(tunix_peer.Sizes):
     """Sizes of the comparison; the defaults are those of the documented figures."""
 
+    tunix_python: str = sys.executable
+    """Interpreter of an environment with google-tunix; empty leaves it out, as does `--peer none`."""
+    transformers_python: str = ""
+    """Interpreter of an environment with transformers and torch; empty leaves both of its ways out."""
+    cases: tuple[Case, ...] = ("full", "ragged", "group")
+    """Which workloads; `long_tail` takes minutes a round, and tens of minutes on sides that cannot refill."""
     batch: int = 32
-    """Sequences decoded at one time, on both sides."""
+    """Sequences decoded at one time, on all sides."""
     num_batches: int = 4
     """Batches' worth of requests in one timed run."""
     prompt: int = 128
@@ -48,98 +66,162 @@ class Args(tunix_peer.Sizes):
     """Most tokens of a completion."""
     mean_length: int = 32
     """Mean completion length of the ragged case before the cut: one token in so many stops."""
-    group_size: int = 1
-    """Completions of a prompt. The engine prefills a prompt once for its group; 1 forgoes that."""
+    long_mean: int = 512
+    long_cap: int = 4096
+    """Log-normal lengths of the long-tailed case."""
+    group_size: int = 8
+    """Completions of a prompt in the case `group`. The engine reads a prompt once for its group."""
     repeats: int = 5
-    """Timed runs of each side, taken in turn; the fastest counts."""
+    """Timed rounds of each side, after one that compiles; the fastest counts."""
+    slow: float = 120.0
+    """A side whose first round takes longer than this many seconds is not run again, and that round counts."""
     page_size: int = 16
     decode_block: int = 4
     prefill_rows: int = 8
 
 
-Run = Callable[[], int]  # decodes all requests and returns the useful tokens
+class Side:
+    """A process that decodes what it is told to."""
+
+    def __init__(self, python: str, name: str, folder: pathlib.Path, args: Args) -> None:
+        self.name = name
+        settings = {n: getattr(args, n) for n in ("batch", "page_size", "decode_block", "prefill_rows")}
+        script = pathlib.Path(__file__).with_name("decode_side.py")
+        command = [python, str(script), name, str(folder), json.dumps(settings)]
+        self._log = open(folder / f"{name}.log", "w+")  # noqa: SIM115
+        self._process = subprocess.Popen(
+            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self._log, text=True
+        )
+
+    def run(self, case: str) -> dict[str, Any]:
+        """One round.
+
+        Raises:
+          SystemExit: The side failed; with its own words.
+        """
+        stdin, stdout = self._process.stdin, self._process.stdout
+        assert stdin is not None
+        assert stdout is not None
+        line = ""
+        with contextlib.suppress(BrokenPipeError):
+            stdin.write(json.dumps({"case": case}) + "\n")
+            stdin.flush()
+            line = stdout.readline()
+        answer = json.loads(line) if line else {"error": "it ended"}
+        if "error" in answer:
+            self._log.seek(0)
+            raise SystemExit(f"{self.name} failed in case {case}: {answer['error']}\n{self._log.read()[-3000:]}")
+        return answer
+
+    def close(self) -> None:
+        """End the process."""
+        self._process.kill()
+        self._process.wait()
+        self._log.close()
+
+
+@contextlib.contextmanager
+def sides(args: Args, folder: pathlib.Path) -> Iterator[list[Side]]:
+    """All that were asked for, ours first."""
+    pythons = {"ours": sys.executable}
+    if args.peer == "tunix" and args.tunix_python:
+        pythons["tunix"] = args.tunix_python
+    if args.transformers_python:
+        pythons |= {"transformers": args.transformers_python, "transformers-cb": args.transformers_python}
+    with contextlib.ExitStack() as stack:
+        started = []
+        for name, python in pythons.items():
+            started.append(Side(python, name, folder, args))
+            stack.callback(started[-1].close)
+        yield started
+
+
+def make_work(args: Args, case: Case) -> Work:
+    """The requests of a case; the same in each run of this script."""
+    rng = np.random.default_rng(0)
+    num = args.batch * args.num_batches
+    stops = tuple(int(i) for i in rng.permutation(args.vocab)[: args.vocab // args.mean_length])
+    group = args.group_size if case == "group" else 1
+    prompts = np.repeat(rng.integers(1, args.vocab, (num // group, args.prompt)).astype(np.int32), group, axis=0)
+    limits = np.full(len(prompts), args.new)
+    if case == "long_tail":
+        limits = decode_work.long_tail(rng, num, args.long_mean, args.long_cap)
+    return Work(prompts, limits, stops if case == "ragged" else ())
+
+
+def measure_machine() -> dict[str, float]:
+    """FLOP and bytes a second, of this moment."""
+    peak = machine.gemm_peak()
+    return {"flop_per_s": peak.wall, "flop_per_cpu_s": peak.cpu, "bytes_per_s": machine.memory_bandwidth()}
+
+
+def measure(args: Args, case: Case, work: Work, contestants: list[Side]) -> dict[str, dict[str, Any]]:
+    """Rounds in turn; the best of each side, with what it is of the floor and of us."""
+    machine_speed = measure_machine()
+    rounds: dict[str, list[dict[str, Any]]] = {}
+    for side in contestants:
+        rounds[side.name] = [side.run(case)]
+        machine.console.print(f"{case}: {side.name} first round {rounds[side.name][0]['wall']:.1f} s")
+    is_slow = {name: first["wall"] > args.slow for name, (first,) in rounds.items()}
+    for _ in range(args.repeats):
+        for side in contestants:
+            if not is_slow[side.name]:
+                rounds[side.name].append(side.run(case))
+    again = measure_machine()
+    speed = {name: max(value, again[name]) for name, value in machine_speed.items()}
+    rows = {}
+    for name, taken in rounds.items():
+        timed = taken if is_slow[name] else taken[1:]
+        # Which tokens are drawn differs from round to round: rates, not seconds, can be compared.
+        wall = max(sum(one["lengths"]) / one["wall"] for one in timed)
+        cpu = max(sum(one["lengths"]) / one["cpu"] for one in timed)
+        least = decode_work.floor(args.model(), work, timed[-1]["lengths"], args.batch)
+        at_best = sum(timed[-1]["lengths"]) / least.seconds(speed["flop_per_s"], speed["bytes_per_s"])
+        rows[name] = {
+            "tokens": sum(timed[-1]["lengths"]),
+            "rounds": len(timed),
+            "tok_per_s": round(wall, 1),
+            "tok_per_cpu_s": round(cpu, 1),
+            "floor_tok_per_s": round(at_best, 1),
+            "share_of_floor": round(wall / at_best, 3),
+        }
+    for name, row in rows.items():
+        row["ours_over_it"] = round(rows["ours"]["tok_per_s"] / row["tok_per_s"], 2)
+        row["ours_over_it_cpu"] = round(rows["ours"]["tok_per_cpu_s"] / row["tok_per_cpu_s"], 2)
+        machine.console.print(f"{case}: {name} {row}")
+    return rows | {"machine": speed}
+
+
+def show(cases: dict[str, dict[str, Any]], title: str) -> None:
+    """The table."""
+    table = Table(title=title, caption="tok/cpu-s counts the CPU seconds of all threads: steadier on a busy machine")
+    for column in ("case", "side", "tok/s", "ours/it", "tok/cpu-s", "ours/it (cpu)", "of floor", "rounds"):
+        table.add_column(column, justify="left" if column in ("case", "side") else "right")
+    for case, rows in cases.items():
+        for name, row in rows.items():
+            if name != "machine":
+                speeds = f"{row['tok_per_s']:,.0f}", f"{row['ours_over_it']:.2f}", f"{row['tok_per_cpu_s']:,.0f}"
+                shares = f"{row['ours_over_it_cpu']:.2f}", f"{row['share_of_floor']:.0%}", str(row["rounds"])
+                table.add_row(case, name, *speeds, *shares)
+    machine.console.print(table)
 
 
 def main(args: Args) -> None:
     """Measure and print."""
     model = args.model()
-    params = init_params(model, jax.random.key(0))
-    rng = np.random.default_rng(0)
-    distinct = rng.integers(1, args.vocab, (args.batch * args.num_batches // args.group_size, args.prompt))
-    prompts = np.repeat(distinct.astype(np.int32), args.group_size, axis=0)
-    ragged_stops = tuple(int(i) for i in rng.permutation(args.vocab)[: args.vocab // args.mean_length])
-    peer = tunix_peer.make_model(model, params) if tunix_peer.is_wanted(args) else None
-
-    cases: dict[str, dict[str, Any]] = {}
-    peak = machine.gemm_peak()
-    for name, stop_ids in (("full", ()), ("ragged", ragged_stops)):
-        runs: dict[str, Run] = {"ours": make_ours(args, model, params, prompts, stop_ids)}
-        if peer is not None:
-            runs["peer"] = make_peer(args, model, peer, prompts, stop_ids)
-        tokens = {side: run() for side, run in runs.items()}
-        timings = machine.time_side_by_side(runs, args.repeats)
-        cases[name] = machine.compare(tokens, timings) | {
-            "ours_tokens": tokens["ours"],
-            "peer_tokens": tokens.get("peer"),
-            "ours_share_of_gemm_peak": round(flops(args, model, tokens["ours"]) / timings["ours"].cpu / peak.cpu, 3),
-        }
-    title = f"decode: batch {args.batch}, {args.num_batches} batches, prompt {args.prompt}, {args.new} new tokens"
-    machine.report(title, cases, {"benchmark": "decode", **machine.setting(peak), "sizes": dataclasses.asdict(args)})
-
-
-def make_ours(
-    args: Args, model: ModelConfig, params: dict[str, Any], prompts: np.ndarray, stop_ids: tuple[int, ...]
-) -> Run:
-    """The engine, fed all requests at once; request ids go on, so that each run draws anew."""
-    config = GenerationConfig(
-        num_slots=args.batch,
-        page_size=args.page_size,
-        max_prompt_tokens=args.prompt,
-        max_new_tokens=args.new,
-        decode_block=args.decode_block,
-        prefill_rows=args.prefill_rows,
-    )
-    batcher = ContinuousBatcher(model, config, stop_ids, seed=0)
-    batcher.set_weights(make_publish(model, jnp.dtype("float32"))(params), 0)
-    sampling = SamplingParams(temperature=1.0, top_p=1.0, top_k=0, max_new_tokens=args.new)
-
-    def run() -> int:
-        for index, prompt in enumerate(prompts):
-            batcher.submit(GenerationRequest(index, prompt, sampling))
-        before = batcher.num_sampled
-        while batcher.num_running or batcher.num_waiting:
-            batcher.step()
-        return batcher.num_sampled - before
-
-    return run
-
-
-def make_peer(args: Args, model: ModelConfig, peer: Any, prompts: np.ndarray, stop_ids: tuple[int, ...]) -> Run:
-    """The peer's sampler, a batch after the other."""
-    sampler = tunix_peer.make_sampler(peer, model, cache_size=args.prompt + args.new)
-    # Without stop ids Tunix would stop at its tokenizer's; an id beyond the vocabulary never comes.
-    stops = stop_ids or (args.vocab,)
-
-    def run() -> int:
-        count = 0
-        for index, batch in enumerate(np.split(prompts, args.num_batches)):
-            completions = sampler(batch, args.new, stops, seed=index)
-            count += sum(min(len(c) + 1, args.new) for c in completions)  # the stop token that Tunix cuts off
-        return count
-
-    return run
-
-
-def flops(args: Args, model: ModelConfig, num_tokens: int) -> float:
-    """The floor of the run's work: matrix products and attention of useful tokens and of distinct prompts."""
-    heads = model.num_heads * model.head_dim
-    layer = 2 * model.d_model * (heads + model.num_kv_heads * model.head_dim) + 3 * model.d_model * model.d_ff
-    attention = lambda context: 4 * model.num_layers * heads * context
-    num_requests = args.batch * args.num_batches
-    mean_context = args.prompt + num_tokens / num_requests / 2
-    decode = 2 * (model.num_layers * layer + model.d_model * model.vocab_size) + attention(mean_context)
-    prefill = 2 * model.num_layers * layer + attention(args.prompt / 2)
-    return num_tokens * decode + num_requests // args.group_size * args.prompt * prefill
+    with tempfile.TemporaryDirectory() as scratch:
+        folder = pathlib.Path(scratch) / "model"
+        save_folder(folder, init_params(model, jax.random.key(0)), model, model_type="llama")
+        (folder / "magistral_model.json").write_text(json.dumps(dataclasses.asdict(model)), encoding="utf-8")
+        cases: dict[str, dict[str, Any]] = {}
+        with sides(args, folder) as contestants:
+            for case in args.cases:
+                work = make_work(args, case)
+                work.save(folder / f"{case}.npz")
+                cases[case] = measure(args, case, work, contestants)
+    show(cases, f"decode: batch {args.batch}, {args.num_batches} batches, prompt {args.prompt}")
+    setting = machine.setting(machine.gemm_peak())
+    print(json.dumps({"benchmark": "decode", **setting, "sizes": dataclasses.asdict(args), **cases}), flush=True)
 
 
 if __name__ == "__main__":

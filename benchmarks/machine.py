@@ -48,6 +48,14 @@ def gemm_peak(repeats: int = 10) -> Timing:
     return Timing(work / best.wall, work / best.cpu)
 
 
+def memory_bandwidth(repeats: int = 5) -> float:
+    """Bytes a second, read and written, of copying 256 MiB: the measure of what is bound by memory."""
+    x = jax.numpy.ones(2**26, jax.numpy.float32)
+    negate = jax.jit(jax.numpy.negative)
+    best = time_side_by_side({"copy": lambda: jax.block_until_ready(negate(x))}, repeats)["copy"]
+    return 2 * x.nbytes / best.wall
+
+
 def setting(peak: Timing) -> dict[str, Any]:
     """Versions, cores and load: what a figure means nothing without."""
     names = ("magistral-jax", "jax", "jaxlib", "flax", "optax", "numpy", "google-tunix")

@@ -4,12 +4,17 @@
 
 Each plane moves the same weights, while its generators decode as fast as they can:
 
-  same process      a jitted copy, handed to the engine's thread by reference
-  shared memory n   the same copy, written once to memory that n generator processes map, check and load
+  same process       a jitted copy, handed to the engine's thread by reference
+  shared_memory n    the same copy, written once to memory that n generator processes map, check and load
+  tcp n              written once as well, and sent to each over its connection (a Unix socket here)
+  transfer n         pulled by each from the trainer's device, by jax.experimental.transfer
+  cross_host         `device_put` between the two processes of a jax.distributed job; only the copy itself
 
 Milliseconds, the least of the repeats: `convert` is the jitted copy (cast and unstacking), `fingerprint` the checksum
-on the device that receipts are compared to, `hand over` what follows until the trainer goes on: for shared memory one
-copy of all bytes, and their checksums. `acknowledged` is from the beginning of all that to the last receipt. `pause`
+on the device that receipts are compared to, `hand over` what follows until the trainer goes on: for shared memory and
+tcp one copy of all bytes, and their checksums. `acknowledged` is from the beginning of all that to the last receipt;
+`delivered` is the bytes of one generator over the time from the hand-over to the last receipt: copies, checks, loading,
+and the wait for the end of a block. `pause`
 is the longest time without finished completions around a swap less the usual one (median over the repeats);
 completions are one decode block long, so that each block shows. On a CPU generators and trainer share the cores, so it
 also holds what conversion, copies and checksums take from the engine. `memcpy` moves as many bytes from one warm place
@@ -20,6 +25,9 @@ import dataclasses
 import json
 import pathlib
 import queue
+import random
+import subprocess
+import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
@@ -36,7 +44,7 @@ from magistral_jax.generate.batching import ContinuousBatcher
 from magistral_jax.generate.config import GenerationConfig
 from magistral_jax.generate.fleet import GeneratorFleet
 from magistral_jax.generate.handle import Generator, Reports
-from magistral_jax.generate.launch import worker_environment
+from magistral_jax.generate.launch import WorkerProcess, worker_environment
 from magistral_jax.generate.messages import EngineSettings
 from magistral_jax.generate.process import GeneratorProcess
 from magistral_jax.generate.sequences import GenerationRequest
@@ -44,11 +52,13 @@ from magistral_jax.generate.service import GeneratorThread
 from magistral_jax.policy.config import ModelConfig
 from magistral_jax.policy.fingerprint import fingerprint
 from magistral_jax.policy.transformer import init_params
+from magistral_jax.publish.planes import make_sender
 from magistral_jax.publish.same_process import make_publish
-from magistral_jax.publish.shared_memory import SharedWeights
 from magistral_jax.records import Rollout, SamplingParams, WeightVersion
 
 DEADLINE = 300.0
+Plane = Literal["auto", "shared_memory", "tcp", "transfer"]
+PLANES: tuple[Plane, ...] = ("shared_memory", "tcp", "transfer")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -64,7 +74,7 @@ class Args:
     dtype: Literal["float32", "bfloat16"] = "float32"
     """Of the published weights; the trainer's are float32."""
     max_processes: int = 2
-    """Shared memory is measured with 1, 2, ... generator processes up to this number."""
+    """Each plane is measured with 1, 2, ... generator processes up to this number."""
     slots: int = 8
     """Sequences that each generator decodes at one time."""
     decode_block: int = 4
@@ -83,9 +93,10 @@ class Args:
             d_ff=self.d_ff,
         )
 
-    def settings(self) -> EngineSettings:
+    def settings(self, plane: Plane = "auto") -> EngineSettings:
         """The engines."""
         generation = GenerationConfig(
+            plane=plane,
             num_slots=self.slots,
             max_prompt_tokens=16,
             max_new_tokens=self.decode_block,
@@ -163,12 +174,16 @@ def main(args: Args) -> None:
     planes: dict[str, Callable[[pathlib.Path], tuple[Feed, Generator]]] = {
         "same process": lambda folder: make_thread(args)
     }
-    for count in range(1, args.max_processes + 1):
-        planes[f"shared memory {count}"] = lambda folder, count=count: make_processes(args, count, folder)
+    for plane in PLANES:
+        for count in range(1, args.max_processes + 1):
+            planes[f"{plane} {count}"] = lambda folder, plane=plane, count=count: make_processes(
+                args, plane, count, folder
+            )
     for name, make in planes.items():
         with tempfile.TemporaryDirectory() as folder:
             feed, generator = make(pathlib.Path(folder))
             cases[name] = measure(args, feed, generator, lambda: publish(params), size)
+    cases["cross_host"] = measure_cross_host(args, size)
     show(cases, {"benchmark": "publish", **machine.setting(peak), "bytes": size, "sizes": dataclasses.asdict(args)})
 
 
@@ -179,15 +194,15 @@ def make_thread(args: Args) -> tuple[Feed, Generator]:
     return feed, GeneratorThread(batcher, feed.reports())
 
 
-def make_processes(args: Args, count: int, folder: pathlib.Path) -> tuple[Feed, Generator]:
+def make_processes(args: Args, plane: Plane, count: int, folder: pathlib.Path) -> tuple[Feed, Generator]:
     """Engines in processes of their own."""
-    feed, weights = Feed(args, count), SharedWeights()
+    feed, weights = Feed(args, count), make_sender(plane)
 
     def make(number: int, reports: Reports) -> GeneratorProcess:
         reports = dataclasses.replace(reports, on_rollout=feed.reports(number).on_rollout)
         environment = worker_environment(number, count, "")
-        log = folder / f"{number}.log"
-        return GeneratorProcess(number, args.settings(), weights, reports, log=log, environment=environment)
+        launch = lambda: WorkerProcess(folder / f"{number}.log", environment)
+        return GeneratorProcess(number, args.settings(plane), weights, reports, launch=launch)
 
     return feed, GeneratorFleet(make, weights, feed.reports(), num_generators=count, max_restarts=0)
 
@@ -209,12 +224,13 @@ def measure(
         generator.stop(DEADLINE)
     rows = rows[1:]  # the first compiles and allocates
     best = {
-        name: 1e3 * min(row[name] for row in rows) for name in ("convert", "fingerprint", "hand_over", "acknowledged")
+        name: 1e3 * min(row[name] for row in rows)
+        for name in ("convert", "fingerprint", "hand_over", "delivered", "acknowledged")
     }
     middle = {name: 1e3 * float(np.median([row[name] for row in rows])) for name in ("block", "pause")}
     figures: dict[str, float | None] = {f"{name}_ms": round(value, 3) for name, value in (best | middle).items()}
-    is_copy = isinstance(generator, GeneratorFleet)
-    figures["hand_over_gb_per_s"] = round(size / best["hand_over"] / 1e6, 2) if is_copy else None
+    if isinstance(generator, GeneratorFleet):
+        figures["delivered_gb_per_s"] = round(size / best["delivered"] / 1e6, 2)
     return figures
 
 
@@ -233,7 +249,8 @@ def publish_once(
     generator.set_weights(params, version)
     yield "hand_over", time.perf_counter() - last
     feed.await_receipts(version)
-    yield "acknowledged", (now := time.perf_counter()) - began
+    yield "delivered", (now := time.perf_counter()) - last
+    yield "acknowledged", now - began
     usual, _ = feed.gaps(began - rest, began)
     time.sleep(10 * usual)  # for the blocks that follow the swap
     _, longest = feed.gaps(began, now + 10 * usual)
@@ -245,7 +262,22 @@ def measure_memcpy(args: Args, size: int) -> dict[str, float]:
     """The floor of any copy."""
     source, target = np.ones(size, np.uint8), np.zeros(size, np.uint8)
     best = machine.time_side_by_side({"memcpy": lambda: np.copyto(target, source)}, args.repeats)["memcpy"].wall
-    return {"hand_over_ms": round(1e3 * best, 3), "hand_over_gb_per_s": round(size / best / 1e9, 2)}
+    return {"delivered_ms": round(1e3 * best, 3), "delivered_gb_per_s": round(size / best / 1e9, 2)}
+
+
+def measure_cross_host(args: Args, size: int) -> dict[str, float]:
+    """The copy inside a job of two processes, which is a program of its own."""
+    first = random.randrange(20_000, 32_000)  # below the ports that the system hands out by itself
+    addresses = [f"127.0.0.1:{first + i}" for i in range(3)]
+    program = pathlib.Path(__file__).with_name("publish_cross_host.py")
+    words = [addresses[0], str(size), str(args.repeats)]
+    processes = [
+        subprocess.Popen([sys.executable, str(program), str(rank), addresses[1 + rank], *words], stdout=subprocess.PIPE)
+        for rank in range(2)
+    ]
+    outputs = [process.communicate(timeout=DEADLINE)[0].decode() for process in processes]
+    best = float(next(line for line in outputs[1].splitlines() if line[:1].isdigit()))
+    return {"delivered_ms": round(1e3 * best, 3), "delivered_gb_per_s": round(size / best / 1e9, 2)}
 
 
 def show(cases: dict[str, dict[str, Any]], result: dict[str, Any]) -> None:
@@ -255,7 +287,8 @@ def show(cases: dict[str, dict[str, Any]], result: dict[str, Any]) -> None:
         "convert_ms": "convert\nms",
         "fingerprint_ms": "finger-\nprint ms",
         "hand_over_ms": "hand\nover ms",
-        "hand_over_gb_per_s": "\nGB/s",
+        "delivered_ms": "deli-\nvered ms",
+        "delivered_gb_per_s": "\nGB/s",
         "acknowledged_ms": "acknow-\nledged ms",
         "block_ms": "block\nms",
         "pause_ms": "pause\nms",

@@ -1,43 +1,54 @@
-"""One gradient step: tokens a second of the train step, beside google-tunix's in the same run.
+"""One gradient step: tokens a second and memory, beside google-tunix 0.1.7 and TRL's GRPOTrainer.
 
-    python benchmarks/train_step.py [--peer tunix|none] [--sequences 32] [--tokens 256] ...
+    python benchmarks/train_step.py --tunix-python /venv_tunix/bin/python --trl-python /venv_trl/bin/python
 
-Both sides start from the same weights (checked: their logits agree) and make one GRPO update without KL term on the
-same sequences: forward, backward, AdamW, log-ratios against given behaviour log-probs, entropy for the metrics.
+Each side runs in a process of its own, with the interpreter that is given for it ("" leaves it out; ours runs in
+this one's): Tunix's needs google-tunix and magistral-jax, TRL's needs trl and torch. All start from the same
+weights and make
+one GRPO update without KL term on the same sequences: forward, backward, AdamW, ratios against given behaviour
+log-probs, entropy for the metrics.
 
   full    every sequence has `tokens` tokens
   ragged  lengths uniform in `shortest` ... `tokens`; `step` holds the same figures under the name that the issue gives
 
-We pack sequences into rows under a token budget (`train.collate`, timed apart in the JSON line: it is host work of a
-few milliseconds). The peer gets what its GRPO learner makes by default: prompts padded on the left, completions on the
-right, to their maximum. (It can pack too, for models that take segment ids, as its Qwen 2 does and its Llama 3 does
-not; that is not measured here.) Only real tokens count, prompt included. Compilation does not count.
+We pack sequences into rows under a token budget, and the packing is timed. The peers get what their GRPO trainers make
+by default: one batch, prompts on the left, completions padded on the right. Only real tokens count, prompt included.
+Compilation does not count, neither in time nor in memory. `peak_mib` is what a side's process grew by from its imports
+to the peak of its later steps: weights, optimizer state and activations; the programs themselves are in it.
 """
 
+import contextlib
 import dataclasses
-import time
-from collections.abc import Callable, Sequence
-from typing import Any, Literal
+import json
+import os
+import pathlib
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator, Sequence
+from typing import IO, Any, Literal
 
 import jax
 import machine
 import numpy as np
-import optax
 import tunix_peer
 import tyro
+from rich.table import Table
+from step_side import Workload
 
-from magistral_jax.policy.config import ModelConfig, PolicyConfig
+from magistral_jax.policy.config import ModelConfig
+from magistral_jax.policy.hf_folder import save_folder
 from magistral_jax.policy.transformer import init_params
-from magistral_jax.pytrees import Batch
-from magistral_jax.train.collate import TrainingSequence, collate
-from magistral_jax.train.config import LossConfig
-from magistral_jax.train.step import TrainStep, grpo_objective, init_state, make_train_step
 
 
 @dataclasses.dataclass(frozen=True)
 class Args(tunix_peer.Sizes):
     """Sizes of the comparison; the defaults are those of the documented figures."""
 
+    tunix_python: str = ""
+    """Interpreter with google-tunix and magistral-jax."""
+    trl_python: str = ""
+    """Interpreter with trl and torch."""
     sequences: int = 32
     """Sequences of a step."""
     tokens: int = 256
@@ -51,85 +62,107 @@ class Args(tunix_peer.Sizes):
     row_tokens: int = 256
     """Tokens of a packed row."""
     rows_per_microbatch: int = 2
-    remat: Literal["none", "full"] = "none"
+    logprob_chunk: int = 512
+    """Tokens of logits at one time; those of a microbatch, and they are not computed twice."""
+    remat: Literal["none", "full", "dots", "dots_no_batch", "outputs"] = "none"
+    cases: tuple[Literal["full", "ragged"], ...] = ("full", "ragged")
 
 
 def main(args: Args) -> None:
     """Measure and print."""
-    model, policy = args.model(), PolicyConfig(remat=args.remat)
-    params = init_params(model, jax.random.key(0))
-    has_peer = tunix_peer.is_wanted(args)
-    optimizer = optax.adamw(1e-5, b1=0.9, b2=0.95)  # the same one on both sides
-    train_step = make_train_step(model, policy, grpo_objective(LossConfig()), optimizer)
-    rng = np.random.default_rng(0)
     peak = machine.gemm_peak()
     cases: dict[str, dict[str, Any]] = {}
-    for name, lengths in (
-        ("full", np.full(args.sequences, args.tokens)),
-        ("ragged", rng.integers(args.shortest, args.tokens + 1, args.sequences)),
-    ):
-        sequences = make_sequences(args, lengths, rng)
-        start = time.perf_counter()
-        batch = collate(sequences, row_tokens=args.row_tokens, rows_per_microbatch=args.rows_per_microbatch)
-        collate_seconds = time.perf_counter() - start
-        contestants: dict[str, Callable[[], object]] = {"ours": Ours(train_step, params, optimizer, batch)}
-        if has_peer:
-            contestants["peer"] = make_peer(args, tunix_peer.make_model(model, params), optimizer, sequences)
-        timings = machine.time_side_by_side(contestants, args.repeats)
+    for name in args.cases:
+        rng = np.random.default_rng(0)
+        shortest = args.tokens if name == "full" else args.shortest
+        lengths = rng.integers(shortest, args.tokens + 1, args.sequences)
+        with tempfile.TemporaryDirectory() as folder:
+            work = make_workload(args, pathlib.Path(folder), lengths, rng)
+            sides = run_sides(args, work)
         count = int(lengths.sum())
-        cases[name] = machine.compare(dict.fromkeys(timings, count), timings) | {
-            "tokens": count,
-            "collate_seconds": round(collate_seconds, 4),
-            "ours_share_of_gemm_peak": round(flops(model, lengths) / timings["ours"].cpu / peak.cpu, 3),
-        }
-    cases["step"] = cases["ragged"]
-    title = f"train step: {args.sequences} sequences of up to {args.tokens} tokens"
-    machine.report(
-        title, cases, {"benchmark": "train_step", **machine.setting(peak), "sizes": dataclasses.asdict(args)}
+        for side in sides.values():
+            side |= {"tok_per_s": round(count / side["wall"], 1), "tok_per_cpu_s": round(count / side["cpu"], 1)}
+        share = flops(args.model(), lengths) / sides["ours"]["cpu"] / peak.cpu
+        cases[name] = {"tokens": count, "ours_share_of_gemm_peak": round(share, 3), **sides}
+    if "ragged" in cases:
+        cases["step"] = cases["ragged"]
+    show(args, cases)
+    result = {"benchmark": "train_step", **machine.setting(peak), "sizes": dataclasses.asdict(args), **cases}
+    print(json.dumps(result), flush=True)
+
+
+def make_workload(args: Args, folder: pathlib.Path, lengths: np.ndarray, rng: np.random.Generator) -> Workload:
+    """Random tokens (never 0, the peers' pad id) with plausible behaviour log-probs, and random weights."""
+    model = args.model()
+    save_folder(folder / "model", jax.device_get(init_params(model, jax.random.key(0))), model, model_type="llama")
+    place = np.arange(args.tokens)[None]
+    is_real = place < lengths[:, None]
+    names = ("prompt", "row_tokens", "rows_per_microbatch", "logprob_chunk", "remat")
+    work = Workload(
+        folder,
+        {"learning_rate": 1e-5, **{name: getattr(args, name) for name in names}},
+        np.where(is_real, rng.integers(1, args.vocab, is_real.shape), 0).astype(np.int32),
+        lengths.astype(np.int32),
+        np.where(is_real & (place >= args.prompt), -np.log(args.vocab), 0).astype(np.float32),
+        rng.normal(size=len(lengths)).astype(np.float32),
     )
+    work.save()
+    return work
 
 
-def make_sequences(args: Args, lengths: np.ndarray, rng: np.random.Generator) -> list[TrainingSequence]:
-    """Random tokens (never 0, the peer's pad id) with plausible behaviour log-probs."""
-    tokens = lambda count: rng.integers(1, args.vocab, count).astype(np.int32)
-    return [
-        TrainingSequence(
-            prompt_ids=tokens(args.prompt),
-            completion_ids=tokens(length - args.prompt),
-            behavior_logprob=np.full(length - args.prompt, -np.log(args.vocab), np.float32),
-            advantage=float(rng.normal()),
-            staleness=np.zeros(length - args.prompt, np.int32),
+def run_sides(args: Args, work: Workload) -> dict[str, dict[str, float]]:
+    """Least seconds and peak memory of each side; they take turns, so that all meet the same neighbours."""
+    pythons = {"ours": sys.executable, "tunix": args.tunix_python, "trl": args.trl_python}
+    with contextlib.ExitStack() as stack:
+        processes = {
+            side: stack.enter_context(start_side(python, side, work.folder))
+            for side, python in pythons.items()
+            if python
+        }
+        for side, process in processes.items():
+            ask(process, "warm up", side)
+        seconds: dict[str, list[dict[str, float]]] = {side: [] for side in processes}
+        for _ in range(args.repeats):
+            for side, process in processes.items():
+                seconds[side].append(ask(process, "step", side))
+        return {
+            side: {key: min(found[key] for found in seconds[side]) for key in ("wall", "cpu")} | ask(process, "", side)
+            for side, process in processes.items()
+        }
+
+
+@contextlib.contextmanager
+def start_side(python: str, side: str, folder: pathlib.Path) -> Iterator[subprocess.Popen[str]]:
+    """A process of a side, gone in the end."""
+    words = [python, str(pathlib.Path(__file__).with_name("step_side.py")), side, str(folder)]
+    environment = os.environ | {"JAX_PLATFORMS": "cpu"}
+    with (folder / f"{side}.log").open("w") as log:
+        process = subprocess.Popen(
+            words, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=log, text=True, env=environment
         )
-        for length in lengths
-    ]
+        try:
+            yield process
+        finally:
+            process.kill()
+            process.wait()
 
 
-class Ours:
-    """Steps from our own weights; each call is one update, done when it returns."""
+def ask(process: subprocess.Popen[str], word: str, side: str) -> dict[str, float]:
+    """Have a side do something; its answer."""
+    to, back = _pipe(process.stdin), _pipe(process.stdout)
+    with contextlib.suppress(BrokenPipeError):
+        to.write(f"{word}\n")
+        to.flush()
+    answer = back.readline()
+    if not answer:
+        folder = pathlib.Path(process.args[-1])  # pyright: ignore[reportArgumentType, reportIndexIssue]
+        raise SystemExit(f"{side} has failed:\n{(folder / f'{side}.log').read_text()[-3000:]}")
+    return json.loads(answer)
 
-    def __init__(
-        self, train_step: TrainStep, params: Any, optimizer: optax.GradientTransformation, batch: Batch
-    ) -> None:
-        self._train_step, self._batch = train_step, batch
-        self._state = init_state(jax.tree.map(lambda x: x.copy(), params), optimizer)  # the step donates it
 
-    def __call__(self) -> None:
-        self._state, metrics = self._train_step(self._state, self._batch, None)
-        jax.block_until_ready((self._state, metrics))
-
-
-def make_peer(
-    args: Args, peer: Any, optimizer: optax.GradientTransformation, sequences: Sequence[TrainingSequence]
-) -> Callable[[], object]:
-    """The same sequences as padded arrays."""
-    shape = (len(sequences), args.tokens - args.prompt)
-    completion_ids, behavior_logprob = np.zeros(shape, np.int32), np.zeros(shape, np.float32)
-    for row, sequence in enumerate(sequences):
-        completion_ids[row, : len(sequence.completion_ids)] = sequence.completion_ids
-        behavior_logprob[row, : len(sequence.completion_ids)] = sequence.behavior_logprob
-    prompt_ids = np.stack([sequence.prompt_ids for sequence in sequences])
-    advantage = np.array([sequence.advantage for sequence in sequences], np.float32)
-    return tunix_peer.make_train_step(peer, optimizer, prompt_ids, completion_ids, advantage, behavior_logprob)
+def _pipe(stream: IO[str] | None) -> IO[str]:
+    assert stream is not None
+    return stream
 
 
 def flops(model: ModelConfig, lengths: np.ndarray) -> float:
@@ -139,6 +172,38 @@ def flops(model: ModelConfig, lengths: np.ndarray) -> float:
     per_token = 2 * (model.num_layers * layer + model.d_model * model.vocab_size)
     attention = 4 * model.num_layers * heads * float((lengths.astype(float) ** 2).sum()) / 2
     return 3 * (float(lengths.sum()) * per_token + attention)
+
+
+def show(args: Args, cases: dict[str, dict[str, Any]]) -> None:
+    """The table."""
+    table = Table(title=f"train step: {args.sequences} sequences of up to {args.tokens} tokens")
+    columns: Sequence[str] = (
+        "",
+        "side",
+        "tok/s",
+        "ours is",
+        "tok/cpu-s",
+        "ours is",
+        "peak MiB",
+        "ours takes",
+        "of GEMM peak",
+    )
+    for column in columns:
+        table.add_column(column, justify="left" if column in ("", "side") else "right")
+    for name in args.cases:
+        case, ours = cases[name], cases[name]["ours"]
+        for side in ("ours", "tunix", "trl"):
+            if side not in case:
+                continue
+            found = case[side]
+            ratio = lambda key, found=found, ours=ours: f"{ours[key] / found[key]:.2f} x"
+            peak = f"{case['ours_share_of_gemm_peak']:.0%}" if side == "ours" else ""
+            speeds = [f"{found[key]:,.0f}" for key in ("tok_per_s", "tok_per_cpu_s")]
+            table.add_row(
+                name, side, speeds[0], ratio("tok_per_s"), speeds[1], ratio("tok_per_cpu_s"),
+                f"{found['peak_mib']:,.0f}", ratio("peak_mib"), peak,
+            )  # fmt: skip
+    machine.console.print(table)
 
 
 if __name__ == "__main__":

@@ -1,24 +1,65 @@
-"""Orbax checkpoints of a run: parameters, optimizer and the schedule's state, in one atomic step."""
+"""Orbax checkpoints of a run: parameters, optimizer, schedule and its complete groups, in one atomic step."""
 
 import logging
 import pathlib
-from typing import Any
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import jax
+import numpy as np
 import orbax.checkpoint as ocp
+from orbax.checkpoint.checkpoint_managers import AnyPreservationPolicy, BestN, LatestN
 
 from magistral_jax.pytrees import TrainState
 from magistral_jax.records import MagistralError
 
+Announce = Callable[[int, dict[str, Any], bytes], None]
+
+
+class Restored(NamedTuple):
+    """A checkpoint as it was saved, but for its groups, which only the schedule wants."""
+
+    step: int
+    state: TrainState
+    schedule: dict[str, Any]
+
+
+REWARD = "reward"
+"""Name of the value in a saved schedule by which the best checkpoint is found."""
+
 
 class Checkpoints:
-    """The checkpoints of one run folder; a context manager, as saving goes on in the background."""
+    """The checkpoints of one run folder; a context manager, as saving goes on in the background.
 
-    def __init__(self, folder: pathlib.Path, *, keep: int = 2) -> None:
+    Args:
+      folder: Of the checkpoints.
+      keep: How many of the last ones stay.
+      keep_best: Whether the one of the highest reward stays beside them.
+      announce: Told of each save before it begins, since every process of a trainer must take part.
+      is_reader: Whether the folder is only read, perhaps while another process writes to it.
+    """
+
+    def __init__(
+        self,
+        folder: pathlib.Path,
+        *,
+        keep: int = 2,
+        keep_best: bool = False,
+        announce: Announce | None = None,
+        is_reader: bool = False,
+    ) -> None:
         # Orbax logs every exception with its traceback before it raises it; here it becomes one sentence.
         logging.getLogger("absl").setLevel(logging.CRITICAL)
-        options = ocp.CheckpointManagerOptions(max_to_keep=keep, cleanup_tmp_directories=True)
+        reward_of = lambda metrics: metrics[REWARD]
+        best = BestN(n=1, get_metric_fn=reward_of, keep_checkpoints_without_metrics=False)
+        options = ocp.CheckpointManagerOptions(
+            best_fn=reward_of,
+            preservation_policy=AnyPreservationPolicy([LatestN(keep), *([best] if keep_best else [])]),
+            cleanup_tmp_directories=not is_reader,
+            read_only=is_reader,
+        )
         self._folder = folder.absolute()
+        self._announce = announce
         self._manager = ocp.CheckpointManager(self._folder, options=options)
 
     def __enter__(self) -> "Checkpoints":
@@ -36,20 +77,45 @@ class Checkpoints:
         """Last complete checkpoint."""
         return self._manager.latest_step()
 
-    def save(self, step: int, state: TrainState, schedule: dict[str, Any]) -> None:
+    @property
+    def best_step(self) -> int:
+        """The checkpoint of the highest reward among those that are there; of equal ones the last.
+
+        Raises:
+          MagistralError: None was saved with a reward.
+        """
+        step = self._manager.best_step()
+        if step is None:
+            raise MagistralError(f"{self._folder} holds no complete checkpoint with a reward; there is no best one.")
+        return step
+
+    def save(self, step: int, state: TrainState, schedule: dict[str, Any], groups: bytes = b"") -> None:
         """Begin to save; the arrays are copied before this returns, so they may be donated afterwards.
+
+        Args:
+          step: Its number; one that is saved already stays as it is.
+          state: Parameters and optimizer.
+          schedule: Plain values; one of the name `REWARD`, if there is one, ranks the checkpoint.
+          groups: What is complete and not yet trained, as the schedule packs it.
 
         Raises:
           MagistralError: The folder cannot be written; earlier checkpoints are intact.
         """
         if step == self.latest_step:
             return
+        if self._announce is not None:
+            self._announce(step, schedule, groups)
+        reward = schedule.get(REWARD)
         try:
             self._manager.save(
                 step,
                 args=ocp.args.Composite(
-                    state=ocp.args.StandardSave(_as_tree(state)), schedule=ocp.args.JsonSave(schedule)
+                    state=ocp.args.StandardSave(_as_tree(state)),
+                    schedule=ocp.args.JsonSave(schedule),
+                    # With a byte in front, since an array of none cannot be saved.
+                    groups=ocp.args.PyTreeSave({"bytes": np.frombuffer(b"\0" + groups, np.uint8)}),
                 ),
+                metrics=None if reward is None else {REWARD: reward},
             )
         except (OSError, ValueError) as error:
             raise self._refusal(step, error) from error
@@ -65,13 +131,17 @@ class Checkpoints:
         except (OSError, ValueError, RuntimeError) as error:
             raise self._refusal(None, error) from error
 
-    def restore(self, like: TrainState) -> tuple[int, TrainState, dict[str, Any]]:
-        """The latest checkpoint, on the shardings of `like`.
+    def steps(self) -> list[int]:
+        """Complete checkpoints, oldest first."""
+        return sorted(self._manager.all_steps())
+
+    def restore(self, like: TrainState, step: int | None = None) -> Restored:
+        """The latest checkpoint, or that of a step, on the shardings of `like`.
 
         Raises:
           MagistralError: There is none, or it belongs to another model or optimizer.
         """
-        step = self.latest_step
+        step = self.latest_step if step is None else step
         if step is None:
             raise MagistralError(f"{self._folder} holds no complete checkpoint; nothing to resume from.")
         target = jax.tree.map(ocp.utils.to_shape_dtype_struct, _as_tree(like))
@@ -84,7 +154,14 @@ class Checkpoints:
                 f"{_shorten(error)}"
             ) from error
         tree = restored["state"]
-        return step, TrainState(tree["params"], tree["opt_state"], tree["num_updates"]), restored["schedule"]
+        state = TrainState(tree["params"], tree["opt_state"], tree["num_updates"])
+        return Restored(step, state, restored["schedule"])
+
+    def restore_groups(self, step: int) -> bytes:
+        """What was saved as `groups` with a step."""
+        item = ocp.args.PyTreeRestore(restore_args={"bytes": ocp.RestoreArgs(restore_type=np.ndarray)})
+        restored = self._manager.restore(step, args=ocp.args.Composite(groups=item))
+        return restored["groups"]["bytes"].tobytes()[1:]
 
     def close(self) -> None:
         """Wait for pending saves and release the manager.

@@ -21,7 +21,10 @@ from typing import Any, Literal
 
 import tyro
 
-from magistral_jax.data.config import DataConfig, EvaluationConfig
+from magistral_jax.curate.config import CurateConfig
+from magistral_jax.data.config import DataConfig, EvaluationConfig, TracesConfig
+from magistral_jax.distributed.config import DistributedConfig
+from magistral_jax.generate.address import is_loopback, is_wildcard, parse_address
 from magistral_jax.generate.config import GenerationConfig
 from magistral_jax.policy.config import MeshConfig, PolicyConfig
 from magistral_jax.records import MagistralError
@@ -41,6 +44,11 @@ class RunConfig:
     """Seed of everything random; two runs differ in nothing else."""
     resume: bool = False
     """Go on from the last checkpoint in the folder; without it a folder that holds a run is an error."""
+    keep_best: bool = True
+    """Keep the best checkpoint beside the last two: that of the highest mean reward of the batches trained since the
+    checkpoint before. For `sft` the weights of the lowest validation loss are kept, whatever is said here."""
+    best: bool = False
+    """`export` writes the best checkpoint and not the latest."""
     tensorboard: bool = True
     """Write TensorBoard events beside `metrics.jsonl`."""
     wandb: bool = False
@@ -54,6 +62,7 @@ class Config:
     run: RunConfig = dataclasses.field(default_factory=RunConfig)
     policy: PolicyConfig = dataclasses.field(default_factory=PolicyConfig)
     mesh: MeshConfig = dataclasses.field(default_factory=MeshConfig)
+    distributed: DistributedConfig = dataclasses.field(default_factory=DistributedConfig)
     data: DataConfig = dataclasses.field(default_factory=DataConfig)
     generation: GenerationConfig = dataclasses.field(default_factory=GenerationConfig)
     reward: RewardConfig = dataclasses.field(default_factory=RewardConfig)
@@ -67,6 +76,8 @@ class Config:
     schedule: ScheduleConfig = dataclasses.field(default_factory=ScheduleConfig)
     evaluation: EvaluationConfig = dataclasses.field(default_factory=EvaluationConfig)
     serve: ServeConfig = dataclasses.field(default_factory=ServeConfig)
+    curate: CurateConfig = dataclasses.field(default_factory=CurateConfig)
+    traces: TracesConfig = dataclasses.field(default_factory=TracesConfig)
 
 
 # --- reading -----------------------------------------------------------------------------------------------------
@@ -237,26 +248,34 @@ def _describe(kind: Any) -> str:
 _INTERVALS = {
     "[0, 4294967295]": "run.seed",
     "[0, 65535]": "serve.port",
-    "[1, inf)": """mesh.data mesh.fsdp mesh.tensor
+    "[1, 20]": "serve.max_top_logprobs",
+    "[1, inf)": """mesh.data mesh.fsdp mesh.sequence mesh.tensor distributed.num_processes
         policy.logprob_chunk generation.num_slots generation.page_size generation.max_prompt_tokens
         generation.max_new_tokens generation.decode_block generation.prefill_rows generation.prefill_chunk
-        generation.num_generators
+        generation.num_generators generation.tensor
         verifiers.num_workers verifiers.max_pending verifiers.recycle_after verifiers.recycle_mib verifiers.memory_mib
         code.memory_mib batch.batch_size batch.rows_per_microbatch sft.batch_size schedule.num_steps schedule.num_async
         schedule.ready_batches schedule.max_staleness evaluation.num_samples
-        serve.max_choices serve.max_body_mib""",
+        serve.max_choices serve.max_body_mib serve.max_connections
+        curate.stage curate.chunk curate.min_tests curate.max_tests curate.max_solutions
+        sft.validate_every traces.num_samples traces.max_per_problem traces.chunk""",
     "[2, inf)": "batch.group_size batch.row_tokens",
-    "[0, inf)": """data.num_train data.num_evaluation generation.num_pages generation.temperature generation.top_k
+    "[0, inf)": """distributed.process_id data.num_train data.num_evaluation data.max_statement
+        curate.num_samples curate.new_tests traces.num sft.patience
+        generation.num_pages generation.temperature generation.top_k
         generation.max_restarts
         reward.format reward.correctness reward.length_penalty reward.max_length reward.length_cache reward.language
         code.num_tests batch.minibatch_size loss.eps_high loss.kl_coef loss.entropy_coef optimizer.learning_rate
+        policy.lora_rank
         optimizer.warmup_updates optimizer.weight_decay optimizer.clip_norm sft.num_updates
         schedule.checkpoint_every sft.checkpoint_every evaluation.temperature serve.max_pending serve.drain_seconds""",
-    "(0, inf)": """verifiers.deadline verifiers.start_deadline code.compile_seconds code.cpu_seconds code.wall_seconds
-        optimizer.eps schedule.role_deadline""",
+    "(0, inf)": """distributed.start_seconds distributed.heartbeat_seconds
+        verifiers.deadline verifiers.start_deadline code.compile_seconds code.cpu_seconds code.wall_seconds
+        optimizer.eps policy.lora_alpha schedule.role_deadline generation.transfer_deadline""",
     "(0, 1]": "generation.top_p evaluation.top_p",
-    "[0, 1)": "loss.eps_low optimizer.b1 optimizer.b2",
-    "[0, 1]": "sft.thorough_share sft.lucky_share",
+    "[0, 1)": "sft.validation_share loss.eps_low optimizer.b1 optimizer.b2",
+    "[0, 1]": """curate.too_hard curate.too_easy curate.agreement data.overlap data.similarity
+        sft.thorough_share sft.lucky_share sft.general_share""",
 }
 INTERVALS: Mapping[str, str] = {name: interval for interval, names in _INTERVALS.items() for name in names.split()}
 """Where each number must lie; a test sees to it that none is missing."""
@@ -291,6 +310,7 @@ def check(config: Config) -> list[str]:
     longest = generation.max_prompt_tokens + generation.max_new_tokens
     max_length = reward.max_length or generation.max_new_tokens
     length_field = "reward.max_length" if reward.max_length else "generation.max_new_tokens"
+    listen, _ = parse_address(generation.listen)
     demands = {
         f"`batch.batch_size` ({batch.batch_size}) must be a multiple of `batch.group_size` ({batch.group_size})": (
             batch.batch_size % batch.group_size == 0
@@ -309,20 +329,35 @@ def check(config: Config) -> list[str]:
             generation.num_pages == 0 or generation.num_pages > math.ceil(longest / generation.page_size)
         ),
         f"`generation.num_generators` ({generation.num_generators}) must be 1 where `generation.where` is `thread`": (
-            generation.num_generators == 1 or generation.where == "process"
+            generation.num_generators == 1 or generation.where != "thread"
         ),
-        f"`generation.devices` ({generation.devices}) must be empty where `generation.where` is `thread`": (
+        f"`generation.devices` ({generation.devices}) must be empty where `generation.where` is `{generation.where}`": (
             not generation.devices or generation.where == "process"
         ),
+        f"`generation.devices` ({generation.devices}) must name at least `generation.tensor` ({generation.tensor}) "
+        "devices, or none": not generation.devices or len(set(generation.devices.split(","))) >= generation.tensor,
+        f"`generation.plane` ({generation.plane}) must be `auto` where `generation.where` is `thread`": (
+            generation.plane == "auto" or generation.where != "thread"
+        ),
+        "`generation.plane` (shared_memory) must be another where `generation.where` is `remote`": (
+            generation.plane != "shared_memory" or generation.where != "remote"
+        ),
+        f"`generation.token_file` must be given, since `generation.listen` ({generation.listen}) is not a loopback "
+        "address": bool(generation.token_file or generation.where != "remote" or is_loopback(listen)),
+        f"`generation.listen` ({generation.listen}) must name one address of this host, since `generation.plane` is "
+        "`transfer`": generation.plane != "transfer" or not is_wildcard(listen),
         f"`batch.rows_per_microbatch` ({batch.rows_per_microbatch}) must be a multiple of `mesh.data` × `mesh.fsdp` "
         f"({config.mesh.data * config.mesh.fsdp}), which share the rows of a microbatch": (
             batch.rows_per_microbatch % (config.mesh.data * config.mesh.fsdp) == 0
         ),
+        f"`batch.row_tokens` ({batch.row_tokens}) must be a multiple of `mesh.sequence` ({config.mesh.sequence}), the "
+        "parts into which a row is split": batch.row_tokens % config.mesh.sequence == 0,
         f"`reward.length_cache` ({reward.length_cache}) must not exceed `{length_field}` ({max_length})": (
             reward.length_cache <= max_length
         ),
         f"`schedule.num_async` ({schedule.num_async}) must be a multiple of `batch.group_size` ({batch.group_size}), "
         "since prompts are dispatched a group at a time": schedule.num_async % batch.group_size == 0,
+        f"`data.train` ({data.train}) must be empty where `data.mixture` is given": not (data.train and data.mixture),
         f"`data.num_train` must be given, since `data.train` ({data.train}) has no end": (
             data.num_train > 0 or not data.train.startswith(_ENDLESS)
         ),

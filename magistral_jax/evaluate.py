@@ -68,13 +68,14 @@ def generate_all(
     sampling: SamplingParams,
     *,
     num_samples: int,
+    first_request: int = FIRST_REQUEST,
     on_progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> list[Rollout]:
-    """`num_samples` completions of each prompt, in order."""
+    """`num_samples` completions of each prompt, in order; their random numbers are those of their request ids."""
     total = len(prompts) * num_samples
     for index in range(total):
         prompt = prompts[index // num_samples]
-        batcher.submit(GenerationRequest(FIRST_REQUEST + index, prompt.token_ids, sampling))
+        batcher.submit(GenerationRequest(first_request + index, prompt.token_ids, sampling))
     rollouts: list[Rollout] = []
     while len(rollouts) < total:
         rollouts += batcher.step()

@@ -16,12 +16,18 @@ _COMMANDS = {
     "evaluate": "pass@1, pass@k and maj@k of a model folder on held-out problems",
     "generate": "sample completions of the evaluation problems and print them",
     "serve": "answer OpenAI's clients over HTTP from a model folder",
+    "traces": "right completions of a teacher, to fine-tune on",
     "smollm2": "convert the packaged SmolLM2-135M-Instruct to a model folder",
     "export": "write the policy of a run as a Hugging Face folder",
 }
 _TOOLS = {
     "verify": "grade a JSONL file of completions, or explain the verdict on one row",
     "sandbox": "check the sandbox, or run one program in it",
+    "simulate": "run the schedule against a cost model: speed, staleness, the best split of devices",
+    "curate": "choose training problems: format, difficulty, wrong references, tests of programs",
+    "replay": "do a recorded run again and compare: tokens, rewards, batches, parameters",
+    "generator": "sample for a trainer on another host",
+    "plan": "what a run would take of each device, from shapes alone",
 }
 """Commands with words of their own in the place of a configuration."""
 

@@ -5,7 +5,9 @@ so that a kill loses at most the line in the making; a resumed run first drops t
 that it is about to do again, so that nothing appears twice. A value that is no finite number is `null`.
 """
 
+import base64
 import importlib
+import itertools
 import json
 import math
 import os
@@ -16,7 +18,10 @@ from collections import defaultdict
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from magistral_jax.records import Graded, MagistralError, Prompt
+import numpy as np
+from jaxtyping import Int32
+
+from magistral_jax.records import Graded, MagistralError, Prompt, Reward, Rollout, Verdict
 
 METRICS_FILE = "metrics.jsonl"
 ROLLOUTS_FILE = "rollouts.jsonl"
@@ -80,7 +85,11 @@ class MetricsWriter:
 
 
 class RolloutWriter:
-    """One readable line per trained completion to `rollouts.jsonl`; `resumed_step` as for metrics."""
+    """One line per trained completion to `rollouts.jsonl`; `resumed_step` as for metrics.
+
+    It is there for people, and, bit by bit, for `replay`: ids and log-probs of the tokens are little-endian numbers of
+    32 bits in base 64, the versions of their weights are runs, `[[version, count], …]`.
+    """
 
     def __init__(self, folder: pathlib.Path, *, resumed_step: int | None = None) -> None:
         self._lines = _JsonLines(folder / ROLLOUTS_FILE, resumed_step)
@@ -110,6 +119,7 @@ class RolloutWriter:
         self._lines.write(
             {
                 "step": step,
+                "request": rollout.request_id,
                 "problem": prompt.problem.id,
                 "prompt": prompt.text,
                 "completion": completion,
@@ -128,12 +138,36 @@ class RolloutWriter:
                 "prompt_tokens": len(rollout.prompt_ids),
                 "completion_tokens": len(rollout.completion_ids),
                 "truncated": rollout.truncated,
+                "completion_ids": _to_base64(rollout.completion_ids, "<i4"),
+                "behavior_logprob": _to_base64(rollout.behavior_logprob, "<f4"),
+                "weight_versions": _runs(versions),
             }
         )
 
     def close(self) -> None:
         """Close the file."""
         self._lines.close()
+
+
+def graded_of(line: Mapping[str, Any], prompt_ids: Int32[np.ndarray, " T"]) -> Graded:
+    """The completion of a line that `RolloutWriter` wrote, as it was trained; the prompt's ids are not in it."""
+    rollout = Rollout(
+        line["request"],
+        prompt_ids,
+        _from_base64(line["completion_ids"], "<i4"),
+        _from_base64(line["behavior_logprob"], "<f4"),
+        np.concatenate([np.full(count, version, np.int32) for version, count in line["weight_versions"]]),
+        line["truncated"],
+    )
+    parts = (line[f"reward_{part}"] for part in ("format", "correctness", "length", "language"))
+    return Graded(rollout, Reward(Verdict(line["verdict"]), *parts, path="recorded", seconds=0.0))
+
+
+def replace_text(path: pathlib.Path, text: str) -> None:
+    """Write a file in one move: whoever is killed meanwhile leaves the old one, or none, but never half a one."""
+    new = path.with_name(f"{path.name}.new")
+    new.write_text(text, encoding="utf-8")
+    os.replace(new, path)
 
 
 def read_json_lines(path: pathlib.Path) -> Iterator[dict[str, Any]]:
@@ -186,6 +220,18 @@ def _parse(line: str | bytes) -> dict[str, Any] | None:
     except ValueError:
         return None
     return record if isinstance(record, dict) and isinstance(record.get("step"), int) else None
+
+
+def _to_base64(array: np.ndarray, dtype: str) -> str:
+    return base64.b64encode(array.astype(dtype).tobytes()).decode()
+
+
+def _from_base64(text: str, dtype: str) -> np.ndarray:
+    return np.frombuffer(base64.b64decode(text), dtype).astype(np.dtype(dtype).newbyteorder("="))
+
+
+def _runs(values: list[int]) -> list[list[int]]:
+    return [[value, len(list(run))] for value, run in itertools.groupby(values)]
 
 
 def _import_wandb() -> Any:

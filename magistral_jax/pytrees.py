@@ -15,24 +15,34 @@ def pytree_dataclass(cls: type[T]) -> type[T]:
 
     `jax.tree_util.register_dataclass` and `flax.struct` call `__init__` on unflatten; under a shape-checking import
     hook that breaks every `tree.map` to something that is not an array (specs, shapes, shardings).
+
+    A `static_field` is no leaf but part of the structure: hashable, and known when tracing.
     """
     data_cls = dataclasses.dataclass(frozen=True)(cls)
-    names = tuple(f.name for f in dataclasses.fields(data_cls))  # pyright: ignore[reportArgumentType]
+    fields = dataclasses.fields(data_cls)  # pyright: ignore[reportArgumentType]
+    names = tuple(f.name for f in fields if not f.metadata.get("static"))
+    static_names = tuple(f.name for f in fields if f.metadata.get("static"))
+    static_of = lambda record: tuple(getattr(record, n) for n in static_names)
 
-    def flatten_with_keys(record: T) -> tuple[tuple[tuple[Any, Any], ...], None]:
-        return tuple((jax.tree_util.GetAttrKey(n), getattr(record, n)) for n in names), None
+    def flatten_with_keys(record: T) -> tuple[tuple[tuple[Any, Any], ...], tuple[Any, ...]]:
+        return tuple((jax.tree_util.GetAttrKey(n), getattr(record, n)) for n in names), static_of(record)
 
-    def flatten(record: T) -> tuple[tuple[Any, ...], None]:
-        return tuple(getattr(record, n) for n in names), None
+    def flatten(record: T) -> tuple[tuple[Any, ...], tuple[Any, ...]]:
+        return tuple(getattr(record, n) for n in names), static_of(record)
 
-    def unflatten(_: None, children: Any) -> T:
+    def unflatten(static: tuple[Any, ...], children: Any) -> T:
         record = object.__new__(data_cls)
-        for name, child in zip(names, children, strict=True):
+        for name, child in zip(names + static_names, (*children, *static), strict=True):
             object.__setattr__(record, name, child)
         return record
 
     jax.tree_util.register_pytree_with_keys(data_cls, flatten_with_keys, unflatten, flatten)
     return data_cls
+
+
+def static_field(default: Any) -> Any:
+    """A field of a pytree dataclass that is part of its structure."""
+    return dataclasses.field(default=default, metadata={"static": True})
 
 
 @pytree_dataclass

@@ -70,6 +70,8 @@ class Rollout:
     behavior_logprob: Float32[np.ndarray, " N"]
     weight_version: Int32[np.ndarray, " N"]
     truncated: bool
+    engine: int = 0  # which of a run's engines sampled it, replacements counted on,
+    engine_step: int = 0  # and in which of that engine's steps it ended
 
     @property
     def num_tokens(self) -> int:

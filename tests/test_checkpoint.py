@@ -61,6 +61,20 @@ def save(folder: pathlib.Path, *steps: int) -> None:
 # --- round trip ------------------------------------------------------------------------------------------------------
 
 
+def test_groups_come_back_bit_by_bit_and_may_be_none(tmp_path: pathlib.Path):
+    groups = bytes(range(256)) * 40
+    with Checkpoints(tmp_path) as checkpoints:
+        checkpoints.save(1, make_state(), SCHEDULE, groups)
+        checkpoints.save(2, make_state(), SCHEDULE)
+        checkpoints.wait()
+    (tmp_path / "3.orbax-checkpoint-tmp").mkdir()  # another one is being written
+    with Checkpoints(tmp_path, is_reader=True) as checkpoints:
+        assert checkpoints.steps() == [1, 2]
+        assert checkpoints.restore(blank(make_state()), 1).step == 1
+        assert (checkpoints.restore_groups(1), checkpoints.restore_groups(2)) == (groups, b"")
+    assert (tmp_path / "3.orbax-checkpoint-tmp").exists()  # who only reads leaves it alone
+
+
 def test_everything_comes_back(tmp_path: pathlib.Path):
     state = make_state()
     with Checkpoints(tmp_path / "checkpoints") as checkpoints:
@@ -116,6 +130,26 @@ def test_the_last_ones_are_kept(tmp_path: pathlib.Path):
         step, restored, schedule = checkpoints.restore(blank(make_state()))
     assert (step, schedule["num_done"]) == (10, 10)
     assert_same(restored, make_state(seed=10))
+
+
+def test_the_best_one_is_kept_beside_the_last_ones(tmp_path: pathlib.Path):
+    state = make_state()
+    with Checkpoints(tmp_path, keep_best=True) as checkpoints:
+        for step, reward in {1: 0.1, 2: 0.9, 3: 0.2, 4: None, 5: 0.4}.items():
+            checkpoints.save(step, state, SCHEDULE | {"reward": reward})
+    with Checkpoints(tmp_path, keep_best=True) as checkpoints:  # the rewards are on disk: a resume knows them
+        assert (checkpoints.steps(), checkpoints.best_step) == ([2, 4, 5], 2)
+        assert checkpoints.restore(blank(state), 2).schedule["reward"] == 0.9
+        checkpoints.save(6, state, SCHEDULE | {"reward": 0.9})
+        checkpoints.wait()
+        assert (checkpoints.steps(), checkpoints.best_step) == ([5, 6], 6)
+    with Checkpoints(tmp_path) as checkpoints:
+        for step in (7, 8):
+            checkpoints.save(step, state, SCHEDULE)
+        checkpoints.wait()
+        assert checkpoints.steps() == [7, 8]
+        with pytest.raises(MagistralError, match="holds no complete checkpoint with a reward"):
+            checkpoints.best_step  # noqa: B018
 
 
 def test_saving_a_step_twice_is_once(tmp_path: pathlib.Path):

@@ -1,5 +1,6 @@
 """Metrics and rollouts on disk: valid JSON whatever the value, and nothing twice after a resume."""
 
+import dataclasses
 import json
 import math
 import pathlib
@@ -13,7 +14,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from magistral_jax.metrics import Means, MetricsWriter, RolloutWriter, read_json_lines
+from magistral_jax.metrics import Means, MetricsWriter, RolloutWriter, graded_of, read_json_lines, replace_text
 from magistral_jax.records import Graded, MagistralError, Problem, Prompt, Reward, Rollout, Verdict
 
 
@@ -183,6 +184,33 @@ def test_a_rollout_line_is_complete_and_readable(tmp_path: pathlib.Path):
     }
     assert line == {**line, **expected}
     assert (empty["version_min"], empty["advantage"], empty["answer"]) == (None, None, None)
+
+
+def test_what_was_trained_comes_back_bit_by_bit(tmp_path: pathlib.Path):
+    prompt = Prompt(Problem("sum-1", "1+1?", "2"), np.arange(3, dtype=np.int32), "1+1?")
+    graded = make_graded([3, 3, 4])
+    odd = np.array([-1 / 3, -np.float32(1e-42), -87.2], np.float32)  # a third, a denormal number, and a rounded one
+    graded = Graded(dataclasses.replace(graded.rollout, behavior_logprob=odd), graded.reward)
+    writer = RolloutWriter(tmp_path)
+    writer.write(1, prompt, graded, completion="")
+    writer.close()
+    (line,) = strict_lines(tmp_path / "rollouts.jsonl")
+    assert line["weight_versions"] == [[3, 2], [4, 1]]
+    found = graded_of(line, prompt.token_ids)
+    assert (found.rollout.request_id, found.reward.total) == (graded.rollout.request_id, graded.reward.total)
+    for name in ("completion_ids", "behavior_logprob", "weight_version"):
+        values, expected = getattr(found.rollout, name), getattr(graded.rollout, name)
+        assert (values.dtype, values.tobytes()) == (expected.dtype, expected.tobytes())
+
+
+def test_a_file_is_replaced_in_one_move(tmp_path: pathlib.Path):
+    path = tmp_path / "summary.json"
+    replace_text(path, "old")
+    replace_text(path, "é")
+    assert path.read_text(encoding="utf-8") == "é"
+    with pytest.raises(UnicodeEncodeError):
+        replace_text(path, "\udc80")
+    assert path.read_text(encoding="utf-8") == "é"
 
 
 def test_reading_passes_over_what_is_broken(tmp_path: pathlib.Path):

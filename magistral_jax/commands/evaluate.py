@@ -16,12 +16,14 @@ from magistral_jax.commands.setup import (
     load_prompts,
     make_batcher,
     make_verifiers,
+    place_engine,
     say,
     say_warnings,
     think_tags,
 )
 from magistral_jax.config import Config
 from magistral_jax.generate.batching import ContinuousBatcher
+from magistral_jax.metrics import replace_text
 from magistral_jax.publish.same_process import make_publish
 from magistral_jax.records import Prompt
 from magistral_jax.studies.pass_at_k import EvaluationSummary
@@ -33,7 +35,8 @@ def evaluate(config: Config) -> None:
     model = load_model(config)
     prompts = load_prompts(config, model.tokenizer, load_evaluation_problems(config))
     batcher = make_batcher(config, model)
-    batcher.set_weights(make_publish(model.config, jnp.dtype(config.policy.dtype))(model.params), 0)
+    publish = make_publish(model.config, jnp.dtype(config.policy.dtype), None, *place_engine(config, model))
+    batcher.set_weights(publish(model.params), 0)
     summary = score_policy(config, model, batcher, prompts, title="evaluation")
     print(json.dumps(summary.to_dict()))  # noqa: T201 (the result, for a program to read)
 
@@ -69,4 +72,4 @@ def measure_policy(
     path = folder / f"evaluation_{when}.json"
     if not path.exists():
         summary = score_policy(config, model, batcher, prompts, title=f"evaluation {when}")
-        path.write_text(json.dumps(summary.to_dict(), indent=2) + "\n", encoding="utf-8")
+        replace_text(path, json.dumps(summary.to_dict(), indent=2) + "\n")

@@ -11,6 +11,7 @@ from magistral_jax.commands.setup import (
     load_model,
     load_prompts,
     make_batcher,
+    place_engine,
     say_warnings,
 )
 from magistral_jax.config import Config
@@ -25,7 +26,8 @@ def generate(config: Config) -> None:
     model = load_model(config)
     prompts = load_prompts(config, model.tokenizer, load_evaluation_problems(config))
     batcher = make_batcher(config, model)
-    batcher.set_weights(make_publish(model.config, jnp.dtype(config.policy.dtype))(model.params), 0)
+    publish = make_publish(model.config, jnp.dtype(config.policy.dtype), None, *place_engine(config, model))
+    batcher.set_weights(publish(model.params), 0)
     settings = config.evaluation
     sampling = SamplingParams(settings.temperature, settings.top_p, 0, config.generation.max_new_tokens)
     with progress_bar("generation") as report:

@@ -11,7 +11,7 @@ from typing import Any
 import jax.numpy as jnp
 
 from magistral_jax.commands.progress import progress_bar
-from magistral_jax.commands.setup import load_model, make_batcher, say, say_warnings, think_tags
+from magistral_jax.commands.setup import load_model, make_batcher, place_engine, say, say_warnings, think_tags
 from magistral_jax.config import Config
 from magistral_jax.data.tokenizer import Tokenizer
 from magistral_jax.generate.batching import ContinuousBatcher
@@ -55,7 +55,7 @@ def make_server(config: Config, bound: socket.socket) -> Server:
     """The service of a configuration, its engine compiled; `run` listens on `bound`."""
     token = _read_token(config.serve.admin_token_file)
     model, tokenizer, batcher, publish = _load(config)
-    scorer = PromptScorer(model, config.generation)
+    scorer = PromptScorer(model, config.generation, batcher.reader)
     _warm_up(config, batcher, scorer)
 
     name = config.serve.model_name or pathlib.Path(config.policy.path).resolve().name
@@ -70,6 +70,7 @@ def make_server(config: Config, bound: socket.socket) -> Server:
             max_choices=config.serve.max_choices,
             max_body_bytes=config.serve.max_body_mib * 2**20,
             vocab_size=model.vocab_size,
+            max_top_logprobs=config.serve.max_top_logprobs,
         ),
         think_tags(config),
         Meters(lambda: engine.stats),
@@ -79,14 +80,23 @@ def make_server(config: Config, bound: socket.socket) -> Server:
         f"serving {name} at {address_of(bound)}/v1: {config.generation.num_slots} slots, "
         f"{batcher.allocator.num_pages} pages of {config.generation.page_size} tokens; Ctrl-C ends"
     )
-    return Server(make_app(service, admin), engine, drain_seconds=config.serve.drain_seconds, say=say, ready=ready)
+    return Server(
+        make_app(service, admin),
+        engine,
+        drain_seconds=config.serve.drain_seconds,
+        max_connections=config.serve.max_connections,
+        say=say,
+        ready=ready,
+    )
 
 
 def _load(config: Config) -> tuple[ModelConfig, Tokenizer, ContinuousBatcher, Publish]:
     """The engine with its first weights; the copy in the trainer's layout is gone on return."""
     model = load_model(config)
-    publish = make_publish(model.config, jnp.dtype(config.policy.dtype))
-    batcher = make_batcher(config, model)
+    publish = make_publish(model.config, jnp.dtype(config.policy.dtype), None, *place_engine(config, model))
+    # One alternative needs no search: what is sampled knows its own log-prob.
+    num_top = config.serve.max_top_logprobs if config.serve.max_top_logprobs > 1 else 0
+    batcher = make_batcher(config, model, num_top=num_top)
     batcher.set_weights(publish(model.params), 0)
     batcher.swap_weights()
     if not _is_loopback(config.serve.host):

@@ -10,6 +10,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh
 
 from magistral_jax.config import Config, check, config_from_json, dump
 from magistral_jax.data.chat import build_prompt
@@ -17,14 +18,22 @@ from magistral_jax.data.loader import PromptLoader, make_prompts
 from magistral_jax.data.sources import load_problems
 from magistral_jax.data.tokenizer import Tokenizer, load_tokenizer
 from magistral_jax.generate.batching import ContinuousBatcher
+from magistral_jax.generate.config import GenerationConfig
 from magistral_jax.generate.fleet import make_fleet
 from magistral_jax.generate.handle import Generator, Reports
 from magistral_jax.generate.messages import EngineSettings
+from magistral_jax.generate.remote_fleet import make_remote_fleet
 from magistral_jax.generate.service import GeneratorThread
+from magistral_jax.metrics import replace_text
+from magistral_jax.policy.attention import choose_attention
 from magistral_jax.policy.config import ModelConfig
 from magistral_jax.policy.hf_config import read_json, read_model_config
 from magistral_jax.policy.hf_folder import load_params, save_folder
+from magistral_jax.policy.hf_stream import load_sharded
+from magistral_jax.policy.pages import PageReader
+from magistral_jax.policy.sharding import check_mesh, generator_shardings, make_generator_mesh, param_shardings
 from magistral_jax.policy.transformer import init_params
+from magistral_jax.publish.planes import choose_plane
 from magistral_jax.records import MagistralError, Problem, Prompt, Reward
 from magistral_jax.verify.code_tests import select_tests
 from magistral_jax.verify.pool import VerifierPool
@@ -45,11 +54,15 @@ class Model:
     model_type: Any  # family named in config.json; read_model_config has checked it
 
 
-def load_model(config: Config) -> Model:
-    """Architecture, float32 parameters and tokenizer of `policy.path`.
+def load_model(config: Config, mesh: Mesh | None = None) -> Model:
+    """Architecture, parameters and tokenizer of `policy.path`.
+
+    Args:
+      config: Of the run.
+      mesh: Where the parameters are to lie: each process reads what its own devices hold. None is the first device.
 
     Raises:
-      MagistralError: No path, or a folder that is incomplete or does not fit together.
+      MagistralError: No path, or a folder that is incomplete or does not fit together or onto the mesh.
     """
     if not config.policy.path:
         raise MagistralError("`policy.path` is empty; expected a model folder (config.json, safetensors, tokenizer).")
@@ -62,10 +75,20 @@ def load_model(config: Config) -> Model:
             f"{model.max_positions} positions of the model in {folder}."
         )
     tokenizer = load_tokenizer(folder, model.vocab_size)
-    if config.policy.random_init:
-        params = init_params(model, jax.random.key(config.run.seed))
+    # What is trained is stored as the optimizer wants it; what stands still under adapters, as it is computed with.
+    dtype = jnp.dtype(config.policy.dtype if config.policy.lora_rank else config.optimizer.param_dtype)
+    draw = lambda: init_params(model, jax.random.key(config.run.seed))
+    init = lambda: jax.tree.map(lambda leaf: leaf.astype(dtype), draw())
+    if mesh is None and config.policy.random_init:
+        params = init()
+    elif mesh is None:
+        params = jax.tree.map(jnp.asarray, load_params(folder, model, dtype))
     else:
-        params = jax.tree.map(jnp.asarray, load_params(folder, model))
+        check_mesh(model, mesh)
+        shardings = param_shardings(model, mesh, jax.eval_shape(init))
+        random_init = config.policy.random_init
+        load = lambda: load_sharded(folder, model, shardings, dtype)
+        params = jax.jit(init, out_shardings=shardings)() if random_init else load()
     return Model(model, params, tokenizer, read_json(folder / "config.json")["model_type"])
 
 
@@ -122,9 +145,52 @@ def save_policy(target: pathlib.Path, model: Model, params: Any, source: str) ->
     save_folder(target, params, model.config, model_type=model.model_type, tokenizer_from=source)
 
 
-def make_batcher(config: Config, model: Model) -> ContinuousBatcher:
-    """The engine, its page pool allocated."""
-    return ContinuousBatcher(model.config, config.generation, tuple(model.tokenizer.stop_ids), config.run.seed)
+def make_batcher(config: Config, model: Model, trainer: Mesh | None = None, *, num_top: int = 0) -> ContinuousBatcher:
+    """The engine, its page pool allocated; says how it reads pages, and where.
+
+    Args:
+      config: Of the run.
+      model: To be sampled from.
+      trainer: Devices that are the trainer's, where there is one.
+      num_top: Most probable tokens that it reports in each place.
+    """
+    generation, (mesh, _) = config.generation, place_engine(config, model, trainer)
+    stop_ids = tuple(model.tokenizer.stop_ids)
+    batcher = ContinuousBatcher(model.config, generation, stop_ids, config.run.seed, mesh, num_top)
+    say(describe_engine(generation, batcher.reader))
+    return batcher
+
+
+def place_engine(config: Config, model: Model, trainer: Mesh | None = None) -> tuple[Mesh | None, Any]:
+    """The mesh of the engine and a sharding for each of its weights: what `make_publish` wants to know of it.
+
+    Both are None for an engine of one device, which is the first.
+    """
+    if config.generation.tensor == 1:
+        return None, None
+    num_taken = 0 if trainer is None else len(trainer.local_devices)
+    mesh = make_generator_mesh(config.generation.tensor, num_taken=num_taken)
+    return mesh, generator_shardings(model.config, mesh)
+
+
+def describe_engine(generation: GenerationConfig, reader: PageReader) -> str:
+    """How an engine reads its pages, and on which devices."""
+    devices = [jax.devices()[0]] if reader.mesh is None else list(reader.mesh.devices.flat)
+    return (
+        f"KV pages in {generation.kv_dtype} are read by `{reader.implementation}` (generation.attention = "
+        f"{generation.attention}) on {', '.join(map(str, devices))}"
+    )
+
+
+def describe_training_attention(config: Config, model: Model) -> str:
+    """How the trainer computes attention; to be said once nothing is left that the user may have got wrong.
+
+    Raises:
+      MagistralError: The choice cannot work on this platform.
+    """
+    policy = config.policy
+    chosen = choose_attention(policy.attention, model.config, dtype=policy.dtype, platform=jax.default_backend())
+    return f"attention over rows is computed by `{chosen}` (policy.attention = {policy.attention})"
 
 
 def make_generator(
@@ -135,7 +201,14 @@ def make_generator(
     if generation.where == "thread":
         return GeneratorThread(batcher, reports)
     settings = EngineSettings(model.config, generation, stop_ids, config.run.seed, config.policy.dtype)
-    return make_fleet(settings, reports, folder=folder, deadline=config.schedule.role_deadline)
+    plane, deadline = choose_plane(generation.plane, generation.where), config.schedule.role_deadline
+    say(f"weights go to the generators by {plane} (generation.plane = {generation.plane})")
+    if generation.where == "process":
+        return make_fleet(settings, reports, folder=folder, deadline=deadline)
+    fleet = make_remote_fleet(settings, reports, deadline=deadline)
+    token = f" --token-file {generation.token_file}" if generation.token_file else ""
+    say(f"waiting for generators: magistral-jax generator {fleet.address}{token}")
+    return fleet
 
 
 def make_verifiers(config: Config, on_result: Callable[[int, Reward], None] | None = None) -> VerifierPool:
@@ -172,7 +245,7 @@ def start_run(folder: pathlib.Path, config: Config, loader: PromptLoader) -> Non
     """
     folder.mkdir(parents=True, exist_ok=True)
     loader.check_run(folder / "data.json", is_resumed=config.run.resume)
-    (folder / "config.json").write_text(dump(config), encoding="utf-8")
+    replace_text(folder / "config.json", dump(config))
 
 
 def say_warnings(config: Config) -> None:
@@ -197,13 +270,21 @@ def _check_same(saved: Config, given: Config, path: pathlib.Path) -> None:
 _FREE_ON_RESUME = {
     "run.resume",
     "run.folder",
+    "run.keep_best",
+    "run.best",
     "run.tensorboard",
     "run.wandb",
     "generation.where",
     "generation.num_generators",
     "generation.devices",
     "generation.max_restarts",
+    "generation.plane",
+    "generation.transfer_deadline",
+    "generation.listen",
+    "generation.token_file",
     "schedule.num_steps",
     "schedule.checkpoint_every",
     "serve",
+    "mesh",
+    "distributed",
 }

@@ -8,16 +8,17 @@ import shutil
 import time
 from typing import Any
 
-import jax
-import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh
 
-from magistral_jax.checkpoint import Checkpoints
 from magistral_jax.commands.evaluate import measure_policy
+from magistral_jax.commands.problems import TrainingProblems, load_training_problems
 from magistral_jax.commands.progress import StepPrinter, on_interrupt
+from magistral_jax.commands.session import describe_session, make_rules, make_update, training_sampling
 from magistral_jax.commands.setup import (
     Model,
     completion_text,
+    describe_training_attention,
     load_evaluation_problems,
     load_model,
     load_prompts,
@@ -30,57 +31,62 @@ from magistral_jax.commands.setup import (
     start_run,
     think_tags,
 )
+from magistral_jax.commands.trainable import check_base
+from magistral_jax.commands.trainer import follow, gather, join, lead, make_trainer, open_checkpoints
 from magistral_jax.config import Config
 from magistral_jax.data.loader import PromptLoader
-from magistral_jax.data.sources import held_out, load_problems
+from magistral_jax.distributed.orders import Follower, Leader
 from magistral_jax.evaluate import extract_answer
-from magistral_jax.metrics import METRICS_FILE, MetricsWriter, RolloutWriter, read_json_lines
-from magistral_jax.policy.sharding import make_mesh, shard_batch, shard_state
-from magistral_jax.publish.same_process import make_publish
-from magistral_jax.records import Prompt, SamplingParams
-from magistral_jax.schedule.loop import AsyncLoop, Stages
-from magistral_jax.schedule.machine import Rules, State, StopRequested, from_saved
+from magistral_jax.metrics import METRICS_FILE, MetricsWriter, RolloutWriter, read_json_lines, replace_text
+from magistral_jax.records import Prompt
+from magistral_jax.schedule.event_log import LOG_FILE, EventLog
+from magistral_jax.schedule.loop import AsyncLoop, Stages, identify
+from magistral_jax.schedule.machine import StopRequested
+from magistral_jax.schedule.state import State, from_saved
 from magistral_jax.studies.report import write_report
-from magistral_jax.train.optimizer import make_optimizer
-from magistral_jax.train.step import grpo_objective, init_state, make_train_step
-from magistral_jax.train.update import update
 
 
 def train(config: Config) -> None:
-    """Train a policy by reinforcement learning; all that comes of it is in `run.folder`."""
+    """Train a policy by reinforcement learning; all that comes of it is in `run.folder`.
+
+    Where the trainer has several processes, this is the command of each; all but process 0 follow it.
+    """
+    leader, mesh = join(config)
+    if isinstance(leader, Follower):
+        follow(config, leader, mesh)
+        return
+    with leader:
+        run(config, leader, mesh)
+
+
+def run(config: Config, leader: Leader, mesh: Mesh) -> None:
+    """The whole of a run, as the trainer's only process or its first."""
     folder = open_run(config)
     began = time.monotonic()
 
     # ---- what is trained, and on what ----
-    model = load_model(config)
-    loader, held_out_prompts = load_data(config, model)
+    model = load_model(config, mesh)
+    attention = describe_training_attention(config, model)
+    training, loader, held_out_prompts = load_data(config, model)
     start_run(folder, config, loader)
+    training.report(folder)
+    say(attention)
 
     # ---- trainer and generator ----
-    rules = Rules.of(
-        config.schedule,
-        group_size=config.batch.group_size,
-        batch_size=config.batch.batch_size,
-        filter_zero_variance=config.loss.filter_zero_variance,
-    )
-    minibatches = config.batch.batch_size // (config.batch.minibatch_size or config.batch.batch_size)
-    optimizer = make_optimizer(config.optimizer, config.schedule.num_steps * minibatches)
-    objective, temperature = grpo_objective(config.loss), config.generation.temperature or 1.0
-    train_step = make_train_step(model.config, config.policy, objective, optimizer, temperature=temperature)
-    mesh = make_mesh(config.mesh)
-    publish = make_publish(model.config, jnp.dtype(config.policy.dtype), mesh)
-    batcher = make_batcher(config, model)
+    trainer = lead(make_trainer(config, model, mesh), leader)
+    check_base(folder, trainer.part)
+    batcher = make_batcher(config, model, mesh)
 
     with contextlib.ExitStack() as stack:
-        checkpoints = stack.enter_context(Checkpoints(folder / "checkpoints"))
-        train_state = shard_state(init_state(model.params, optimizer), model.config, mesh, optimizer)
-        reference = jax.tree.map(jnp.copy, train_state.params) if config.loss.kl_coef else None
-        schedule = State()
+        checkpoints = stack.enter_context(open_checkpoints(config, folder / "checkpoints", leader))
+        train_state = trainer.initial_state
+        schedule, groups, log_position = State(), None, None
         if config.run.resume and checkpoints.latest_step is not None:
             step, train_state, saved = checkpoints.restore(train_state)
-            schedule = from_saved(saved)
+            schedule, groups, log_position = from_saved(saved), checkpoints.restore_groups(step), saved["log_position"]
             say(f"resuming after step {step}")
-        batcher.set_weights(publish(train_state.params), schedule.num_done)
+        published = trainer.publish(train_state.params)
+        batcher.set_weights(published, schedule.num_done)
         measure = functools.partial(measure_policy, config, folder, model, batcher, held_out_prompts)
 
         # ---- before, training, after ----
@@ -92,11 +98,14 @@ def train(config: Config) -> None:
             folder, tensorboard=config.run.tensorboard, wandb=config.run.wandb, resumed_step=resumed_step
         )
         rollouts = RolloutWriter(folder, resumed_step=resumed_step)
-        stack.callback(metrics.close)
-        stack.callback(rollouts.close)
+        log = EventLog(folder / LOG_FILE, log_position)
+        mark = identify(train_state.params, published)
+        log.write(describe_session(config, data=loader.fingerprint, step=schedule.num_done, fingerprint=mark))
+        for file in (metrics, rollouts, log):
+            stack.callback(file.close)
         seconds_before = seconds_of(folder) + time.monotonic() - began
         loop = AsyncLoop(
-            rules,
+            make_rules(config),
             schedule,
             train_state,
             Stages(
@@ -106,25 +115,18 @@ def train(config: Config) -> None:
                 sampling=training_sampling(config),
                 make_generator=functools.partial(make_generator, config, model, batcher, folder),
                 make_verifiers=functools.partial(make_verifiers, config),
-                update=lambda state, groups, version: update(
-                    lambda state, batch, reference: train_step(state, shard_batch(batch, mesh), reference),
-                    state,
-                    groups,
-                    version=version,
-                    batch=config.batch,
-                    loss=config.loss,
-                    reference_params=reference,
-                ),
-                publish=publish,
+                update=make_update(config, model, trainer, mesh),
+                publish=trainer.publish,
                 checkpoints=checkpoints,
                 metrics=metrics,
                 rollouts=rollouts,
+                log=log,
                 on_step=StepPrinter(config.schedule.num_steps),
                 warn=lambda sentence: say(f"warning: {sentence}"),
             ),
-            folder=folder,
             deadline=config.schedule.role_deadline,
             seconds_before=seconds_before,
+            groups=groups,
         )
         with on_interrupt(lambda: loop.inbox.put(StopRequested())):
             schedule = loop.run()
@@ -132,25 +134,23 @@ def train(config: Config) -> None:
             say(f"stopped after step {schedule.num_done}; go on with --resume")
             return
         trained = time.monotonic()
-        batcher.set_weights(publish(loop.train_state.params), schedule.num_done)
+        batcher.set_weights(trainer.publish(loop.train_state.params), schedule.num_done)
         measure("after")
+        params = gather(trainer.part.whole(loop.train_state.params), leader)
 
     # ---- what there is to show ----
     shutil.rmtree(folder / "policy", ignore_errors=True)  # of the shorter run, or of an end that was cut off
-    save_policy(folder / "policy", model, loop.train_state.params, config.policy.path)
+    save_policy(folder / "policy", model, params, config.policy.path)
     write_summary(folder, schedule, wall_seconds=seconds_of(folder) + time.monotonic() - trained)
     say(f"report: {write_report(folder)}")
 
 
-def load_data(config: Config, model: Model) -> tuple[PromptLoader, list[Prompt]]:
-    """Training prompts in their endless order, and the held-out ones, which are never among them."""
+def load_data(config: Config, model: Model) -> tuple[TrainingProblems, PromptLoader, list[Prompt]]:
+    """Training problems, their prompts in endless order, and the held-out ones, which are never among them."""
     held_out_problems = load_evaluation_problems(config)
-    problems = load_problems(config.data.train, config.data.num_train, config.run.seed)
-    problems, num_leaked = held_out(problems, held_out_problems)
-    if num_leaked:
-        say(f"{num_leaked} training problems left out: they are in the evaluation set")
-    loader = PromptLoader(load_prompts(config, model.tokenizer, problems), config.run.seed)
-    return loader, load_prompts(config, model.tokenizer, held_out_problems)
+    training = load_training_problems(config, held_out_problems)
+    loader = training.loader(config, model.tokenizer)
+    return training, loader, load_prompts(config, model.tokenizer, held_out_problems)
 
 
 def seconds_of(folder: pathlib.Path) -> float:
@@ -181,10 +181,4 @@ def write_summary(folder: pathlib.Path, schedule: State, *, wall_seconds: float)
     }
     # What was on its way when the run ended was dispatched and never judged: counted as well.
     summary["dropped"]["run_end"] = summary["dispatched"] - summary["trained"] - sum(ended.values())
-    (folder / "summary.json").write_text(json.dumps(summary, indent=2) + "\n", encoding="utf-8")
-
-
-def training_sampling(config: Config) -> SamplingParams:
-    """How training rollouts are drawn."""
-    generation = config.generation
-    return SamplingParams(generation.temperature, generation.top_p, generation.top_k, generation.max_new_tokens)
+    replace_text(folder / "summary.json", json.dumps(summary, indent=2) + "\n")

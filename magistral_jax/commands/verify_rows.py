@@ -12,7 +12,8 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from magistral_jax.config import Config
-from magistral_jax.data.sources import STATEMENT_COLUMNS, read_rows
+from magistral_jax.data.rows import read_rows
+from magistral_jax.data.sources import STATEMENT_COLUMNS
 from magistral_jax.records import MagistralError, Problem, Reward
 from magistral_jax.verify.code_tests import select_tests
 from magistral_jax.verify.item import VerifyItem

@@ -16,15 +16,29 @@ from magistral_jax.records import MagistralError, Problem, Prompt
 
 
 class PromptLoader:
-    """Prompts in random order, each one once per epoch, reshuffled every epoch."""
+    """Prompts in random order, each one once per epoch, reshuffled every epoch; of a mixture, part by part."""
 
-    def __init__(self, prompts: Sequence[Prompt], seed: int) -> None:
-        """Args: `prompts` of one epoch, in any fixed order; `seed` of the order, taken modulo 2³²."""
+    def __init__(self, prompts: Sequence[Prompt], seed: int, parts: Sequence[tuple[float, int]] = ()) -> None:
+        """Make the order.
+
+        Args:
+          prompts: Of one epoch, in any fixed order.
+          seed: Of the order, taken modulo 2³².
+          parts: Of a mixture: the weight of each source and the number of its prompts, which stand together in
+            `prompts`. Every stretch of the order has the sources in these shares, and each source has epochs of its
+            own.
+
+        Raises:
+          MagistralError: There is no prompt, or a part has none.
+        """
         if not prompts:
             raise MagistralError("there are no prompts to draw from: the problem source is empty after filtering")
+        for number, (_, size) in enumerate(parts, 1):
+            if not size:
+                raise MagistralError(f"source {number} of data.mixture has no prompts left after filtering")
         self._prompts = list(prompts)
-        self._order = grain.MapDataset.source(range(len(self._prompts))).seed(seed % 2**32).shuffle().repeat()
-        self.fingerprint = _fingerprint(self._prompts, seed)
+        self._order = _endless_order(parts or [(1.0, len(prompts))], seed % 2**32)
+        self.fingerprint = _fingerprint(self._prompts, seed, parts)
 
     def __len__(self) -> int:
         """Prompts of one epoch."""
@@ -49,6 +63,16 @@ class PromptLoader:
                 f"{path}: the run was started with other data (fingerprint {saved[:12]}) than the problems and seed "
                 f"given now ({self.fingerprint[:12]}); resume with the same ones"
             )
+
+
+def _endless_order(parts: Sequence[tuple[float, int]], seed: int) -> grain.MapDataset:
+    """Places in the list of prompts, each part shuffled for itself."""
+    orders, start = [], 0
+    for number, (_, size) in enumerate(parts):
+        places = grain.MapDataset.source(range(start, start + size))
+        orders.append(places.seed((seed + number) % 2**32).shuffle().repeat())
+        start += size
+    return grain.MapDataset.mix(orders, [weight for weight, _ in parts]) if len(orders) > 1 else orders[0]
 
 
 def make_prompts(
@@ -79,9 +103,9 @@ def make_prompts(
     return prompts, len(problems) - len(prompts)
 
 
-def _fingerprint(prompts: Sequence[Prompt], seed: int) -> str:
-    """SHA-256 over the seed and every problem's id and statement, each with its length."""
-    digest = hashlib.sha256(str(seed).encode())
+def _fingerprint(prompts: Sequence[Prompt], seed: int, parts: Sequence[tuple[float, int]]) -> str:
+    """SHA-256 over the seed, the parts, and every problem's id and statement, each with its length."""
+    digest = hashlib.sha256(str(seed).encode() + (repr([*parts]).encode() if parts else b""))
     for prompt in prompts:
         for text in (prompt.problem.id, prompt.problem.statement):
             data = text.encode("utf-8", errors="surrogatepass")

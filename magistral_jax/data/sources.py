@@ -1,118 +1,76 @@
 """Problems from files and generators; in: a source's name, out: Problems.
 
-A source is a JSON-lines file, a Parquet file, or `reasoning-gym:NAME?key=value&…`. Whatever is wrong with one is said
-with file and line.
+A source is a JSON-lines file, a Parquet file, a local Hugging Face dataset folder, or
+`reasoning-gym:NAME?key=value&…`. Whatever is wrong with one is said with file and line.
 """
 
 import dataclasses
 import difflib
 import hashlib
-import json
 import math
-import pathlib
 import random
-import unicodedata
 import urllib.parse
-from collections.abc import Iterator, Mapping, Sequence
-from typing import Any
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Literal
 
+from magistral_jax.data.rows import read_source, refuse
 from magistral_jax.records import MagistralError, Problem
 
 GENERATOR_PREFIX = "reasoning-gym:"
 STATEMENT_COLUMNS = ("problem", "question", "statement")
 
 
-def load_problems(source: str, num: int, seed: int) -> list[Problem]:
+def load_problems(
+    source: str,
+    num: int,
+    seed: int,
+    *,
+    kind: Literal["", "math", "code"] = "",
+    max_statement: int = 0,
+    on_bad_row: Callable[[str], None] = refuse,
+) -> list[Problem]:
     """Problems of a source.
 
     Args:
-      source: `*.jsonl`, `*.parquet`, or `reasoning-gym:NAME?key=value&…`. A row has its text in `problem`, `question`
-        or `statement`, its reference in `answer`, and may have `id` and `kind` ("math" or "code"). A code row needs no
-        answer; a row with `tests` and without an answer is one even if it does not say so. Every other column goes to
-        `Problem.extra`.
+      source: `*.jsonl`, `*.parquet`, a dataset folder `FOLDER?split=NAME`, or `reasoning-gym:NAME?key=value&…`. A row
+        has its text in `problem`, `question` or `statement`, its reference in `answer`, and may have `id` and `kind`
+        ("math" or "code"). A code row needs no answer; a row with `tests` and without an answer is one even if it does
+        not say so. Every other column goes to `Problem.extra`.
       num: How many, at most; 0 is all. A file is sampled without replacement, in file order.
       seed: Of the sample, or of the generator: different seeds give streams of their own.
+      kind: Of rows that do not say theirs; empty tells it from their columns.
+      max_statement: Longest statement in characters; 0 is no limit.
+      on_bad_row: Gets a sentence about each row that is malformed or has the id of an earlier one, which is then left
+        out. The first such sentence is an error unless something else is given.
 
     Raises:
-      MagistralError: The source is missing, empty or malformed; the sentence names the place.
+      MagistralError: The source is missing, empty, malformed, or has no good row; the sentence names the place.
     """
     if source.startswith(GENERATOR_PREFIX):
         return _generate(source, num, seed)
-    path = pathlib.Path(source)
-    problems = [_problem(row, f"{path.stem}:{line}", f"{path}, line {line}") for line, row in read_rows(path)]
-    seen: dict[str, int] = {}
-    for line, problem in enumerate(problems, 1):
-        if problem.id in seen:
-            raise MagistralError(f"{path}: rows {seen[problem.id]} and {line} have the same id {problem.id!r}")
-        seen[problem.id] = line
-    if 0 < num < len(problems):
-        problems = [problems[i] for i in sorted(random.Random(seed).sample(range(len(problems)), num))]
-    return problems
+    problems: dict[str, Problem] = {}
+    places: dict[str, str] = {}
+    for row in read_source(source, on_bad_row):
+        try:
+            problem = _problem({"kind": kind} | row.columns, f"{row.path.stem}:{row.line}", row.place, max_statement)
+        except MagistralError as error:
+            on_bad_row(str(error))
+            continue
+        if problem.id in problems:
+            on_bad_row(f"{row.place}: has the id {problem.id!r}, and so has {places[problem.id]}")
+            continue
+        problems[problem.id], places[problem.id] = problem, row.place
+    if not problems:
+        raise MagistralError(f"{source}: no row can be used")
+    chosen = list(problems.values())
+    if 0 < num < len(chosen):
+        chosen = [chosen[i] for i in sorted(random.Random(seed).sample(range(len(chosen)), num))]
+    return chosen
 
 
-def held_out(train: Sequence[Problem], evaluation: Sequence[Problem]) -> tuple[list[Problem], int]:
-    """Training problems whose statement does not occur in the evaluation, and how many were taken out.
-
-    Statements are compared after Unicode normalisation, without case and with white space collapsed.
-
-    Raises:
-      MagistralError: Nothing is left to train on.
-    """
-    taken = {_normalized(problem.statement) for problem in evaluation}
-    kept = [problem for problem in train if _normalized(problem.statement) not in taken]
-    if train and not kept:
-        raise MagistralError(
-            f"all {len(train)} training problems are also evaluation problems; use another source or seed for one"
-        )
-    return kept, len(train) - len(kept)
-
-
-def read_rows(path: pathlib.Path) -> Iterator[tuple[int, dict[str, Any]]]:
-    """(line number from 1, row) of a `.jsonl` or `.parquet` file; blank lines are passed over."""
-    if not path.is_file():
-        raise MagistralError(
-            f"{path}: no such file; a source is a .jsonl file, a .parquet file or {GENERATOR_PREFIX}NAME?key=value&…"
-        )
-    readers = {".jsonl": _read_jsonl, ".parquet": _read_parquet}
-    if path.suffix not in readers:
-        raise MagistralError(f"{path}: expected a file that ends in .jsonl or .parquet")
-    is_empty = True
-    for line, row in readers[path.suffix](path):
-        is_empty = False
-        yield line, row
-    if is_empty:
-        raise MagistralError(f"{path}: the file has no rows")
-
-
-def _read_jsonl(path: pathlib.Path) -> Iterator[tuple[int, dict[str, Any]]]:
-    with path.open("rb") as lines:
-        for number, line in enumerate(lines, 1):
-            if not line.strip():
-                continue
-            try:
-                row = json.loads(line)
-            except ValueError as error:  # JSONDecodeError, UnicodeDecodeError
-                raise MagistralError(f"{path}, line {number}: not valid JSON: {error}") from None
-            if not isinstance(row, dict):
-                raise MagistralError(f"{path}, line {number}: expected a JSON object, found {type(row).__name__}")
-            yield number, row
-
-
-def _read_parquet(path: pathlib.Path) -> Iterator[tuple[int, dict[str, Any]]]:
-    import pyarrow as pa
-    import pyarrow.parquet
-
-    try:
-        with pyarrow.parquet.ParquetFile(path) as file:
-            rows = [row for batch in file.iter_batches() for row in batch.to_pylist()]
-    except (pa.ArrowException, OSError) as error:
-        raise MagistralError(f"{path}: not a readable Parquet file: {error}") from None
-    yield from enumerate(rows, 1)
-
-
-def _problem(row: Mapping[str, Any], default_id: str, where: str) -> Problem:
+def _problem(row: Mapping[str, Any], default_id: str, where: str, max_statement: int) -> Problem:
     """A row as a Problem; `where` is for the error sentence."""
-    columns = ", ".join(row)
+    columns = ", ".join(name for name in row if name != "kind" or row[name])
     answer = _answer(row)
     kind = row.get("kind") or ("code" if row.get("tests") and answer is None else "math")
     if kind not in ("math", "code"):
@@ -124,6 +82,10 @@ def _problem(row: Mapping[str, Any], default_id: str, where: str) -> Problem:
         )
     if not isinstance(row[name], str):
         raise MagistralError(f"{where}: {name} is of type {type(row[name]).__name__}; expected text")
+    if 0 < max_statement < len(row[name]):
+        raise MagistralError(
+            f"{where}: {name} has {len(row[name])} characters; at most {max_statement} are taken (data.max_statement)"
+        )
     if answer is None:
         if kind == "math":
             raise MagistralError(f"{where}: no answer; expected a column answer, found: {columns}")
@@ -138,7 +100,9 @@ def _problem(row: Mapping[str, Any], default_id: str, where: str) -> Problem:
 def _answer(row: Mapping[str, Any]) -> Any:
     """The reference of a row, None where there is none; Parquet fills gaps with None or NaN."""
     answer = row.get("answer")
-    return None if answer == "" or (isinstance(answer, float) and math.isnan(answer)) else answer
+    if isinstance(answer, str):
+        return answer if answer.strip() else None
+    return None if isinstance(answer, float) and math.isnan(answer) else answer
 
 
 def _generate(source: str, num: int, seed: int) -> list[Problem]:
@@ -189,7 +153,3 @@ def _value(text: str) -> int | float | bool | str | list[Any]:
 
 def _did_you_mean(close: Sequence[str]) -> str:
     return f"; perhaps you meant: {', '.join(close)}" if close else ""
-
-
-def _normalized(statement: str) -> str:
-    return " ".join(unicodedata.normalize("NFKC", statement).casefold().split())

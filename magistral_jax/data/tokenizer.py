@@ -81,7 +81,7 @@ class ByteTokenizer:
     def encode(self, text: str, *, allow_special: bool = False) -> Int32[np.ndarray, " T"]:
         """See `Tokenizer.encode`."""
         ids: list[int] = []
-        for piece in _split_at(text, self.special_tokens) if allow_special else [text]:
+        for piece in split_at(text, self.special_tokens) if allow_special else [text]:
             special = self.special_tokens.get(piece) if allow_special else None
             ids.extend(piece.encode("utf-8", errors="replace") if special is None else [special])
         return np.asarray(ids, np.int32)
@@ -166,11 +166,12 @@ class HfTokenizer:
 _NAMED_TOKENS = ("bos_token", "eos_token", "pad_token", "unk_token", "sep_token", "cls_token", "mask_token")
 
 
-def load_tokenizer(folder: str | pathlib.Path, model_vocab_size: int | None = None) -> ByteTokenizer | HfTokenizer:
+def load_tokenizer(folder: str | pathlib.Path, model_vocab_size: int | None = None) -> Tokenizer:
     """The tokenizer of a model folder; what is in the folder decides which kind.
 
     Args:
-      folder: Holds `tokenizer.json`, or a `tokenizer_config.json` that names the byte tokenizer.
+      folder: Holds `tokenizer.json`, or Mistral's `tekken.json`, or a `tokenizer_config.json` that names the byte
+        tokenizer.
       model_vocab_size: Rows of the model's embedding table; checked where given.
 
     Raises:
@@ -179,9 +180,13 @@ def load_tokenizer(folder: str | pathlib.Path, model_vocab_size: int | None = No
     folder = pathlib.Path(folder)
     config = _read_json(folder / "tokenizer_config.json", missing={})
     if config.get("tokenizer_class") == BYTE_TOKENIZER_CLASS:
-        tokenizer: ByteTokenizer | HfTokenizer = ByteTokenizer()
+        tokenizer: Tokenizer = ByteTokenizer()
     elif (folder / "tokenizer.json").exists():
         tokenizer = HfTokenizer(folder)
+    elif (folder / "tekken.json").exists():
+        from magistral_jax.data.tekken import TekkenTokenizer  # an optional package
+
+        tokenizer = TekkenTokenizer(folder, _chat_template(folder, config))
     else:
         raise MagistralError(
             f"{folder}: no tokenizer there; expected tokenizer.json (a folder with only tokenizer.model gets one from "
@@ -203,11 +208,11 @@ def encode_completion(text: str, tokenizer: Tokenizer, think_tags: tuple[str, st
 def encode_pieces(text: str, tokenizer: Tokenizer, tags: Iterable[str]) -> Int32[np.ndarray, " T"]:
     """Ids of plain text in which `tags` are tokens, those that the tokenizer has."""
     known = [tag for tag in tags if tag in tokenizer.special_tokens]
-    pieces = [tokenizer.encode(piece, allow_special=piece in known) for piece in _split_at(text, known)]
+    pieces = [tokenizer.encode(piece, allow_special=piece in known) for piece in split_at(text, known)]
     return np.concatenate([np.zeros(0, np.int32), *pieces])
 
 
-def _split_at(text: str, marks: Iterable[str]) -> list[str]:
+def split_at(text: str, marks: Iterable[str]) -> list[str]:
     """`text` cut around every occurrence of a mark; the marks stay as pieces of their own."""
     marks = sorted(marks, key=len, reverse=True)
     pieces = re.split("(" + "|".join(map(re.escape, marks)) + ")", text) if marks else [text]

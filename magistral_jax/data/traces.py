@@ -10,7 +10,8 @@ import re
 
 import numpy as np
 
-from magistral_jax.data.sources import STATEMENT_COLUMNS, read_rows
+from magistral_jax.data.rows import read_rows
+from magistral_jax.data.sources import STATEMENT_COLUMNS
 from magistral_jax.records import MagistralError, Problem
 
 _TERM = re.compile(r"([+-]?)\s*(-?\d+)\s*")

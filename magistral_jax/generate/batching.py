@@ -14,26 +14,35 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh
 from jaxtyping import Int32
 
 from magistral_jax.generate import engine
 from magistral_jax.generate.config import GenerationConfig
 from magistral_jax.generate.kv_pages import PageAllocator
 from magistral_jax.generate.sequences import GenerationRequest, Prefix, Sequence, SequencePages
+from magistral_jax.generate.shapes import PrefillShapes, decode_row_counts
 from magistral_jax.policy.config import ModelConfig
+from magistral_jax.policy.paged_attention import choose_reader
 from magistral_jax.records import MagistralError, Rollout
 
 __all__ = ["ContinuousBatcher", "GenerationRequest"]
-
-_SMALLEST_PREFILL = 16  # tokens of the smallest prefill shape; larger ones double
-_SMALLEST_ROWS = 8  # slots of the smallest decode shape
 
 
 class ContinuousBatcher:
     """One engine with its queue. Not thread-safe: `service` owns it from one thread."""
 
-    def __init__(self, model: ModelConfig, config: GenerationConfig, stop_ids: tuple[int, ...], seed: int) -> None:
-        self._model, self._config = model, config
+    def __init__(
+        self,
+        model: ModelConfig,
+        config: GenerationConfig,
+        stop_ids: tuple[int, ...],
+        seed: int,
+        mesh: Mesh | None = None,
+        num_top: int = 0,
+    ) -> None:
+        self._model, self._config, self._num_top = model, config, num_top
+        self.reader = choose_reader(config.attention, model, kv_dtype=config.kv_dtype, mesh=mesh)
         self._stops = frozenset(stop_ids)
         self._stop_ids = jnp.asarray(sorted(stop_ids), jnp.int32)
         self._key = jax.random.key(seed)
@@ -46,7 +55,8 @@ class ContinuousBatcher:
                 f"`generation.num_pages` is {num_pages}, but one sequence of {longest} tokens may need "
                 f"{self._table_width + 1} pages of {config.page_size} tokens."
             )
-        self._row_counts = _halvings(config.num_slots, smallest=_SMALLEST_ROWS)
+        self._row_counts = decode_row_counts(config.num_slots)
+        self._prefill_shapes = PrefillShapes(config.prefill_chunk, config.prefill_rows, longest)
         self._pages = SequencePages(num_pages, config.page_size, config.decode_block)
         self._state = engine.init_state(
             model,
@@ -54,9 +64,11 @@ class ContinuousBatcher:
             num_pages=num_pages,
             page_size=config.page_size,
             dtype=jnp.dtype(config.kv_dtype),
+            reader=self.reader,
         )
         self._waiting: collections.deque[Sequence] = collections.deque()
         self._slots: dict[int, Sequence] = {}  # from the oldest to the youngest
+        self.ended: list[Sequence] = []  # in the latest step, in the order of its rollouts
         self._params: dict[str, Any] | None = None
         self._incoming: tuple[dict[str, Any], int] | None = None
         self.version = -1
@@ -147,6 +159,7 @@ class ContinuousBatcher:
         self._start()
         self._make_room()
         started = [slot for slot, sequence in self._slots.items() if sequence.is_started]
+        self.ended = []
         if not started:
             return []
         rows = self._choose_rows(started)
@@ -155,7 +168,7 @@ class ContinuousBatcher:
             pages = self._slots[slot].pages
             table[row, : len(pages)] = pages
         block = self._decode(rows, table)
-        return self._collect(started, np.asarray(block.tokens), np.asarray(block.logprob), np.asarray(block.is_sampled))
+        return self._collect(started, jax.tree.map(np.asarray, block))
 
     # ---- weights ----------------------------------------------------------------------------------------------------
 
@@ -175,11 +188,8 @@ class ContinuousBatcher:
 
     def shapes(self) -> list[tuple[str, int, int]]:
         """Every shape of the forward pass that a step may meet: (what, rows, tokens of a row)."""
-        config = self._config
-        longest = config.max_prompt_tokens + config.max_new_tokens
-        widths = _doublings(_SMALLEST_PREFILL, min(config.prefill_chunk, _next_power_of_two(longest)))
-        prefill = [("prefill", rows, width) for rows in _doublings(1, config.prefill_rows) for width in widths]
-        return prefill + [("decode", rows, config.decode_block) for rows in self._row_counts]
+        prefill = [("prefill", rows, width) for rows, width in self._prefill_shapes.all()]
+        return prefill + [("decode", rows, self._config.decode_block) for rows in self._row_counts]
 
     def warm_up(self, report: Callable[[int, int], None] = lambda done, total: None) -> None:
         """Compile all of `shapes`, and all else that a step calls. Needs weights; comes before the first request.
@@ -243,22 +253,21 @@ class ContinuousBatcher:
     # ---- what the engine is told ------------------------------------------------------------------------------------
 
     def _prefill(self) -> None:
-        """Read the next chunk of the oldest prompts that are not read yet."""
-        unread: list[Prefix] = self._pages.unread_prefixes()[: self._config.prefill_rows]
-        if not unread:
-            return
-        # Rows and width are rounded up to powers of two: few shapes to compile, and a lone prompt costs a lone row.
-        counts = [min(len(p.tokens) - p.num_written, self._config.prefill_chunk) for p in unread]
-        width = min(max(_SMALLEST_PREFILL, _next_power_of_two(max(counts))), self._config.prefill_chunk)
-        rows = min(_next_power_of_two(len(unread)), self._config.prefill_rows)
+        """Read the next chunk of the oldest prompts that are not read yet, those of like length together."""
+        unread = self._pages.unread_prefixes()[: self._config.prefill_rows]
+        lengths = [min(len(p.tokens) - p.num_written, self._config.prefill_chunk) for p in unread]
+        for rows, width, chosen in self._prefill_shapes.plan(lengths):
+            self._read_chunks(rows, width, [(unread[index], lengths[index]) for index in chosen])
+
+    def _read_chunks(self, rows: int, width: int, chunks: list[tuple[Prefix, int]]) -> None:
         tokens, starts, lengths = np.zeros((rows, width), np.int32), np.zeros(rows, np.int32), np.zeros(rows, np.int32)
         table = np.zeros((rows, self._table_width), np.int32)
-        for row, (prefix, count) in enumerate(zip(unread, counts, strict=True)):
+        for row, (prefix, count) in enumerate(chunks):
             start = prefix.num_written
             tokens[row, :count], starts[row], lengths[row] = prefix.tokens[start : start + count], start, count
             table[row, : len(prefix.pages)] = prefix.pages
             prefix.num_written += count
-        self.num_prefilled += sum(counts)
+            self.num_prefilled += count
         self._read(tokens, starts, lengths, table)
 
     def _read(self, tokens: np.ndarray, starts: np.ndarray, lengths: np.ndarray, table: np.ndarray) -> None:
@@ -274,6 +283,7 @@ class ContinuousBatcher:
             self._stop_ids,
             self._key,
             num_steps=self._config.decode_block,
+            num_top=self._num_top,
         )
         return block
 
@@ -316,40 +326,21 @@ class ContinuousBatcher:
         others = (slot for slot in range(self._config.num_slots) if slot not in started)
         return np.asarray([*started, *others][:num_rows], np.int32)
 
-    def _collect(
-        self, started: list[int], tokens: np.ndarray, logprob: np.ndarray, is_sampled: np.ndarray
-    ) -> list[Rollout]:
+    def _collect(self, started: list[int], block: engine.Block) -> list[Rollout]:
         finished = []
         for column, slot in enumerate(started):
             sequence = self._slots[slot]
-            count = int(is_sampled[:, column].sum())
-            sequence.tokens += tokens[:count, column].tolist()
-            sequence.logprobs += logprob[:count, column].tolist()
+            count = int(block.is_sampled[:, column].sum())
+            sequence.tokens += block.tokens[:count, column].tolist()
+            sequence.logprobs += block.logprob[:count, column].tolist()
             sequence.versions += [self.version] * count
+            if self._num_top:
+                top = block.top_tokens[:count, column].tolist(), block.top_logprobs[:count, column].tolist()
+                sequence.alternatives += [list(zip(*places, strict=True)) for places in zip(*top, strict=True)]
             self.num_sampled += count
             has_stopped = sequence.tokens[-1] in self._stops
             if has_stopped or len(sequence.tokens) == sequence.request.sampling.max_new_tokens:
                 finished.append(sequence.rollout(truncated=not has_stopped))
+                self.ended.append(sequence)
                 self._pages.close(self._slots.pop(slot))
         return finished
-
-
-def _halvings(largest: int, *, smallest: int) -> tuple[int, ...]:
-    """`largest`, its half, quarter, …, rounded up and not below `smallest`, in rising order."""
-    sizes = [largest]
-    while (half := -(-sizes[-1] // 2)) >= smallest and half < sizes[-1]:
-        sizes.append(half)
-    return tuple(reversed(sizes))
-
-
-def _doublings(smallest: int, largest: int) -> list[int]:
-    """`smallest`, its double, … below `largest`, and `largest`."""
-    sizes = []
-    while smallest < largest:
-        sizes.append(smallest)
-        smallest *= 2
-    return [*sizes, largest]
-
-
-def _next_power_of_two(count: int) -> int:
-    return 1 << (count - 1).bit_length()

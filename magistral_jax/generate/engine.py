@@ -13,11 +13,13 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray, UInt32
 
-from magistral_jax.generate.sampling import request_uniform, sample
-from magistral_jax.policy.attention import LayerPages, PagedCache
+from magistral_jax.generate.sampling import most_probable, request_uniform, sample
 from magistral_jax.policy.config import ModelConfig
+from magistral_jax.policy.pages import ONE_DEVICE, PagedCache, PageReader, Pages, init_pages
 from magistral_jax.policy.transformer import forward, logits
 from magistral_jax.pytrees import pytree_dataclass
 
@@ -40,7 +42,7 @@ class Slots:
 class EngineState:
     """The page pool, allocated once, and the slots."""
 
-    layers: tuple[LayerPages, ...]
+    layers: tuple[Pages, ...]
     slots: Slots
 
 
@@ -51,12 +53,30 @@ class Block:
     tokens: Int[Array, "N R"]
     logprob: Float[Array, "N R"]
     is_sampled: Bool[Array, "N R"]
+    top_tokens: Int[Array, "N R A"]  # the most probable ones, whatever was sampled
+    top_logprobs: Float[Array, "N R A"]
 
 
-def init_state(config: ModelConfig, *, num_slots: int, num_pages: int, page_size: int, dtype: jnp.dtype) -> EngineState:
-    """An empty engine: the only place where the page pool is allocated."""
-    shape = (num_pages, config.num_kv_heads, page_size, config.head_dim)
-    pages = lambda: LayerPages(keys=jnp.zeros(shape, dtype), values=jnp.zeros(shape, dtype))
+def init_state(
+    config: ModelConfig,
+    *,
+    num_slots: int,
+    num_pages: int,
+    page_size: int,
+    dtype: jnp.dtype,
+    reader: PageReader = ONE_DEVICE,
+) -> EngineState:
+    """An empty engine: the only place where the page pool is allocated.
+
+    Args:
+      config: Shape of the model.
+      num_slots: Sequences decoded at one time.
+      num_pages: Pages of the pool.
+      page_size: Tokens of a page.
+      dtype: Precision of the pages.
+      reader: How the pages are read, and on which devices all of the engine stays.
+    """
+    pages = lambda: init_pages(num_pages, config.num_kv_heads, page_size, config.head_dim, dtype=dtype, reader=reader)
     integers = lambda: jnp.zeros(num_slots, jnp.int32)
     slots = Slots(
         token=integers(),
@@ -68,6 +88,8 @@ def init_state(config: ModelConfig, *, num_slots: int, num_pages: int, page_size
         top_p=jnp.ones(num_slots),
         top_k=integers(),
     )
+    if reader.mesh is not None:
+        slots = jax.device_put(slots, NamedSharding(reader.mesh, P()))
     return EngineState(tuple(pages() for _ in range(config.num_layers)), slots)
 
 
@@ -105,7 +127,8 @@ def admit(
     """
     copy = lambda pages: pages.at[target_page].set(pages.at[source_page].get(mode="clip"), mode="drop")
     choose = lambda new, old: jnp.where(is_new.reshape((-1,) + (1,) * (new.ndim - 1)), new, old)
-    return EngineState(jax.tree.map(copy, state.layers), jax.tree.map(choose, arrivals, state.slots))
+    slots = _everywhere(jax.tree.map(choose, arrivals, state.slots), state.layers)
+    return EngineState(jax.tree.map(copy, state.layers), slots)
 
 
 @jax.jit
@@ -114,11 +137,11 @@ def deactivate(slots: Slots, is_stopped: Bool[Array, " S"]) -> Slots:
     return dataclasses.replace(slots, is_active=slots.is_active & ~is_stopped)
 
 
-_Carry = tuple[Array, Slots, tuple[LayerPages, ...], Block]  # step, slots, pages, what was sampled
+_Carry = tuple[Array, Slots, tuple[Pages, ...], Block]  # step, slots, pages, what was sampled
 
 
-@partial(jax.jit, static_argnames=("config", "num_steps"), donate_argnames="state")
-def decode_block(
+@partial(jax.jit, static_argnames=("config", "num_steps", "num_top"), donate_argnames="state")
+def decode_block(  # noqa: PLR0913 - what is data, what is static and what is donated must stand apart
     params: dict[str, Any],
     config: ModelConfig,
     state: EngineState,
@@ -128,6 +151,7 @@ def decode_block(
     key: PRNGKeyArray,
     *,
     num_steps: int,
+    num_top: int = 0,
 ) -> tuple[EngineState, Block]:
     """Sample up to `num_steps` tokens in every active slot; ends early when no slot is active.
 
@@ -140,6 +164,7 @@ def decode_block(
       stop_ids: Tokens that end a completion.
       key: Of the run.
       num_steps: Steps of a block.
+      num_top: Most probable tokens to report in each place.
 
     Returns:
       The state after the block, and what was sampled, one column for each of `rows`.
@@ -150,6 +175,8 @@ def decode_block(
         tokens=jnp.zeros((num_steps, num_rows), jnp.int32),
         logprob=jnp.zeros((num_steps, num_rows)),
         is_sampled=jnp.zeros((num_steps, num_rows), bool),
+        top_tokens=jnp.zeros((num_steps, num_rows, num_top), jnp.int32),
+        top_logprobs=jnp.zeros((num_steps, num_rows, num_top)),
     )
 
     def goes_on(carry: _Carry) -> Array:
@@ -158,13 +185,19 @@ def decode_block(
 
     def advance(carry: _Carry) -> _Carry:
         step, slots, layers, block = carry
-        layers, token, logprob = _sample_next(params, config, slots, PagedCache(layers, page_table), key)
+        layers, scores = _next_scores(params, config, slots, PagedCache(layers, page_table))
+        # The sample for position p + 1 is keyed by that position, whatever block or slot it is drawn in.
+        uniform = request_uniform(key, slots.request_id, slots.position + 1)
+        token, logprob = sample(scores, uniform, slots.temperature, slots.top_p, slots.top_k)
+        top_tokens, top_logprobs = most_probable(scores, slots.temperature, num_top)
         position = slots.position + 1
         is_stop = jnp.any(token[:, None] == stop_ids[None, :], axis=-1)
         block = Block(
             tokens=block.tokens.at[step].set(token),
             logprob=block.logprob.at[step].set(logprob),
             is_sampled=block.is_sampled.at[step].set(slots.is_active),
+            top_tokens=block.top_tokens.at[step].set(top_tokens),
+            top_logprobs=block.top_logprobs.at[step].set(top_logprobs),
         )
         slots = dataclasses.replace(
             slots,
@@ -176,12 +209,13 @@ def decode_block(
 
     _, slots, layers, block = jax.lax.while_loop(goes_on, advance, (jnp.int32(0), slots, state.layers, empty))
     slots = jax.tree.map(lambda every, new: every.at[rows].set(new), state.slots, slots)
+    slots, block = _everywhere((slots, block), layers)
     return EngineState(layers, slots), block
 
 
-def _sample_next(
-    params: dict[str, Any], config: ModelConfig, slots: Slots, cache: PagedCache, key: PRNGKeyArray
-) -> tuple[tuple[LayerPages, ...], Int[Array, " R"], Float[Array, " R"]]:
+def _next_scores(
+    params: dict[str, Any], config: ModelConfig, slots: Slots, cache: PagedCache
+) -> tuple[tuple[Pages, ...], Float[Array, "R V"]]:
     hidden, cache_after = forward(
         params,
         config,
@@ -192,10 +226,22 @@ def _sample_next(
         dtype=_dtype(params),
     )
     assert cache_after is not None
-    # The sample for position p + 1 is keyed by that position, whatever block or slot it is drawn in.
-    uniform = request_uniform(key, slots.request_id, slots.position + 1)
-    token, logprob = sample(logits(params, config, hidden[:, 0]), uniform, slots.temperature, slots.top_p, slots.top_k)
-    return cache_after.layers, token, logprob
+    return cache_after.layers, _whole_vocabulary(logits(params, config, hidden[:, 0]), cache.layers)
+
+
+def _whole_vocabulary(scores: Float[Array, "R V"], layers: tuple[Pages, ...]) -> Float[Array, "R V"]:
+    # The head is split over the vocabulary, and the sampler needs sums over all of it: one gathering of the logits.
+    # That they are split is said first, or the compiler would gather the head, which is far larger.
+    mesh = layers[0].reader.mesh
+    if mesh is not None and scores.shape[1] % mesh.size == 0:
+        scores = jax.lax.with_sharding_constraint(scores, NamedSharding(mesh, P(None, "tensor")))
+    return _everywhere(scores, layers)
+
+
+def _everywhere(tree: Any, layers: tuple[Pages, ...]) -> Any:
+    """The same values whole on every device of the engine: what is not pages has to stay as it is from call to call."""
+    mesh = layers[0].reader.mesh
+    return tree if mesh is None else jax.lax.with_sharding_constraint(tree, NamedSharding(mesh, P()))
 
 
 def _dtype(params: dict[str, Any]) -> jnp.dtype:

@@ -40,6 +40,17 @@ class Notice:
 
 
 @dataclasses.dataclass(frozen=True)
+class Intake:
+    """What an engine was given, and before which of its steps: with its seed this decides all that it samples."""
+
+    step: int
+    request_ids: tuple[int, ...] = ()
+    version: int | None = None  # of weights, in place of requests
+    generator: int = 0
+    engine: int = 0  # a generator's replacement is another engine
+
+
+@dataclasses.dataclass(frozen=True)
 class Reports:
     """Where a generator reports. All are called from threads of its own, and must return soon."""
 
@@ -51,6 +62,8 @@ class Reports:
     """Receives, once, the exception that ended it."""
     on_notice: Callable[[Notice], None] = lambda notice: None
     """Receives what went wrong and was dealt with."""
+    on_intake: Callable[[Intake], None] = lambda intake: None
+    """Receives what an engine took in, before anything that comes of it."""
 
 
 @runtime_checkable

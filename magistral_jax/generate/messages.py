@@ -1,7 +1,8 @@
 """What the trainer's process and a generator's say to each other, as frames.
 
-To the generator: hello (settings), submit (requests), weights (manifest and memory), bound, stop. From it: ready,
-rollout, loaded or refused (weights), receipt (of a swap), heartbeat, failure.
+To the generator: hello (settings), submit (requests), weights (manifest, and the order how to fetch them), bound, hold
+and advance (of a replay), stop. From it: ready, intake (what its engine took in), rollout, loaded or refused
+(weights), receipt (of a swap), heartbeat, failure.
 """
 
 import dataclasses
@@ -12,9 +13,12 @@ import numpy as np
 from jaxtyping import Int32
 
 from magistral_jax.generate.config import GenerationConfig
-from magistral_jax.generate.frames import Frame
+from magistral_jax.generate.frames import Channel, Frame
+from magistral_jax.generate.handle import Intake
 from magistral_jax.generate.sequences import GenerationRequest
 from magistral_jax.policy.config import ModelConfig, RopeScaling
+from magistral_jax.publish.manifest import Manifest
+from magistral_jax.publish.plane import Delivery, Order
 from magistral_jax.records import Rollout, SamplingParams
 
 BEAT_SECONDS = 1.0
@@ -67,12 +71,40 @@ def requests_of(frame: Frame) -> list[GenerationRequest]:
     ]
 
 
+def weights_frame(manifest: Manifest, order: Order) -> Frame:
+    """A version to be fetched, and how."""
+    fields = {"manifest": manifest.to_fields(), "order": dict(order.fields)}
+    return Frame("weights", fields, (), order.descriptor, order.payload)
+
+
+def delivery_of(frame: Frame, channel: Channel, peer: str) -> Delivery:
+    """What `weights_frame` was made of; its payload is still on the channel."""
+    manifest = Manifest.from_fields(frame.fields["manifest"])
+    return Delivery(manifest, frame.fields["order"], frame.descriptor, frame.payload_size, channel.read_payload, peer)
+
+
 def rollout_frame(rollout: Rollout, usage: dict[str, Any]) -> Frame:
     """A finished completion, with a reading of the meter; its prompt is known at the other end."""
-    fields = {"id": rollout.request_id, "truncated": rollout.truncated, "usage": usage}
+    fields = {
+        "id": rollout.request_id,
+        "truncated": rollout.truncated,
+        "step": rollout.engine_step,
+        "usage": usage,
+    }
     return Frame("rollout", fields, [rollout.completion_ids, rollout.behavior_logprob, rollout.weight_version])
 
 
 def rollout_of(frame: Frame, prompt_ids: Int32[np.ndarray, " T"]) -> Rollout:
     """What `rollout_frame` was made of."""
-    return Rollout(frame.fields["id"], prompt_ids, *frame.arrays, truncated=frame.fields["truncated"])
+    fields = frame.fields
+    return Rollout(fields["id"], prompt_ids, *frame.arrays, truncated=fields["truncated"], engine_step=fields["step"])
+
+
+def intake_frame(intake: Intake) -> Frame:
+    """What an engine took in; which engine it is, the other end knows."""
+    return Frame("intake", {"step": intake.step, "ids": intake.request_ids, "version": intake.version})
+
+
+def intake_of(frame: Frame) -> Intake:
+    """What `intake_frame` was made of."""
+    return Intake(frame.fields["step"], tuple(frame.fields["ids"]), frame.fields["version"])

@@ -45,6 +45,15 @@ def sample(
     return token, jnp.take_along_axis(scaled, token[:, None], axis=-1)[:, 0] - normalizer
 
 
+def most_probable(
+    logits: Float[Array, "S V"], temperature: Float[Array, " S"], count: int
+) -> tuple[Int[Array, "S A"], Float[Array, "S A"]]:
+    """The `count` most probable tokens of each slot, likeliest first, with log-probs as `sample` reports them."""
+    scaled = logits / jnp.where(temperature == 0, 1.0, temperature)[:, None]
+    highest, tokens = jax.lax.top_k(scaled, count)
+    return tokens, highest - jax.nn.logsumexp(scaled, axis=-1, keepdims=True)
+
+
 def _inverse_cdf(mass: Float[Array, "S V"], uniform: Float[Array, " S"]) -> Int[Array, " S"]:
     # Sums over blocks first, then inside the one block drawn: 30 times cheaper on CPU than Gumbel noise for every
     # entry, and each slot needs a single random number.

@@ -41,6 +41,10 @@ class Prefix:
         return self.num_written == len(self.tokens)
 
 
+Alternatives = list[tuple[int, float]]
+"""The most probable tokens in one place and their log-probs, the likeliest first."""
+
+
 @dataclasses.dataclass(eq=False)
 class Sequence:
     """A request on its way: what was sampled, and while it is in a slot, its pages."""
@@ -49,6 +53,7 @@ class Sequence:
     tokens: list[int] = dataclasses.field(default_factory=list)
     logprobs: list[float] = dataclasses.field(default_factory=list)
     versions: list[int] = dataclasses.field(default_factory=list)
+    alternatives: list[Alternatives] = dataclasses.field(default_factory=list)  # where the engine looks for them
     pages: list[int] = dataclasses.field(default_factory=list)
     prefix: Prefix | None = None  # until it starts
 

@@ -12,7 +12,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from magistral_jax.generate.batching import ContinuousBatcher, GenerationRequest
-from magistral_jax.generate.handle import GeneratorUsage, Reports
+from magistral_jax.generate.handle import GeneratorUsage, Intake, Reports
 from magistral_jax.policy.fingerprint import fingerprint
 from magistral_jax.records import WeightVersion
 
@@ -32,6 +32,7 @@ class GeneratorThread:
         self._commands: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
         self._thread = threading.Thread(target=self._run, name="generator", daemon=True)
         self._usage = GeneratorUsage()
+        self._num_steps, self._is_held = 0, False
         self._num_acknowledged = batcher.num_swaps
         self._known: tuple[Any, int | None] = (None, None)  # weights and their fingerprint
         self._last_round = time.monotonic()
@@ -47,6 +48,21 @@ class GeneratorThread:
         def command() -> None:
             for request in requests:
                 self._batcher.submit(request)
+            ids = tuple(request.request_id for request in requests)
+            self._reports.on_intake(Intake(self._num_steps, request_ids=ids))
+
+        self._commands.put(command)
+
+    def hold(self) -> None:
+        """From here on, and before any work, step only as `advance` says: what was recorded is replayed."""
+        self._is_held = True
+
+    def advance(self, step: int) -> None:
+        """Queue the order to take as many steps, counted from the first one, before what is queued later."""
+
+        def command() -> None:
+            while self._num_steps < step:
+                self._step()
 
         self._commands.put(command)
 
@@ -62,6 +78,7 @@ class GeneratorThread:
         def command() -> None:
             self._batcher.set_weights(params, version)
             self._known = (params, known_fingerprint)
+            self._reports.on_intake(Intake(self._num_steps, version=version))
 
         self._commands.put(command)
 
@@ -95,7 +112,7 @@ class GeneratorThread:
 
     def _obey(self) -> bool:
         """Carry out what is queued; False when told to stop."""
-        is_idle = self._batcher.num_running == 0 and self._batcher.num_waiting == 0
+        is_idle = self._is_held or (self._batcher.num_running == 0 and self._batcher.num_waiting == 0)
         began = time.monotonic()
         try:
             command = self._commands.get(timeout=_IDLE_POLL) if is_idle else self._commands.get_nowait()
@@ -110,9 +127,13 @@ class GeneratorThread:
                 self._count_idle(time.monotonic() - began)
 
     def _advance(self) -> None:
-        began = time.monotonic()
-        if self._batcher.num_running == 0 and self._batcher.num_waiting == 0 and not self._batcher.has_new_weights:
-            return
+        has_work = self._batcher.num_running or self._batcher.num_waiting or self._batcher.has_new_weights
+        if has_work and not self._is_held:
+            self._step()
+
+    def _step(self) -> None:
+        """One step of the engine. All that it depends on was reported as `Intake`, so the same steps can be redone."""
+        began = self._last_round = time.monotonic()
         rollouts = self._batcher.step()
         if self._batcher.num_swaps != self._num_acknowledged:
             self._num_acknowledged = self._batcher.num_swaps
@@ -121,7 +142,8 @@ class GeneratorThread:
                 known = fingerprint(self._batcher.params)
             self._reports.on_weights(WeightVersion(self._batcher.version, known))
         for rollout in rollouts:
-            self._reports.on_rollout(rollout)
+            self._reports.on_rollout(dataclasses.replace(rollout, engine_step=self._num_steps))
+        self._num_steps += 1
         elapsed = time.monotonic() - began
         sampled = self._batcher.num_sampled
         self._usage = dataclasses.replace(self._usage, busy=self._usage.busy + elapsed, num_tokens=sampled)

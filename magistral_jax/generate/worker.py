@@ -1,8 +1,9 @@
-"""The process of one generator: `python -m magistral_jax.generate.worker DESCRIPTOR`, started by `generate.process`.
+"""The process of one generator, on the trainer's host or, as `magistral-jax generator`, on another.
 
-The main thread reads what the trainer's process sends, and loads weights while the engine's thread goes on decoding; a
-third one sends a heartbeat. It ends when it is told to, when its engine fails, and when its trainer is gone, which the
-closed connection shows. (PDEATHSIG would not do: it comes when the *thread* that started us ends.)
+On its own host the trainer starts it as `python -m magistral_jax.generate.worker DESCRIPTOR`. The main thread reads
+what the trainer sends, and loads weights while the engine's thread goes on decoding; a third one sends a heartbeat. It
+ends when it is told to, when its engine fails, and when its trainer is gone, which the closed connection shows.
+(PDEATHSIG would not do: it comes when the *thread* that started us ends.)
 """
 
 import contextlib
@@ -21,61 +22,105 @@ import jax.numpy as jnp
 from magistral_jax.generate.batching import ContinuousBatcher
 from magistral_jax.generate.frames import Channel, Frame
 from magistral_jax.generate.handle import GeneratorUsage, Reports
-from magistral_jax.generate.messages import BEAT_SECONDS, requests_of, rollout_frame, settings_of
+from magistral_jax.generate.messages import (
+    BEAT_SECONDS,
+    delivery_of,
+    intake_frame,
+    requests_of,
+    rollout_frame,
+    settings_of,
+)
 from magistral_jax.generate.service import GeneratorThread
 from magistral_jax.policy.fingerprint import fingerprint
-from magistral_jax.publish.manifest import Manifest, WeightsRefusedError
-from magistral_jax.publish.shared_memory import WeightsReader
+from magistral_jax.policy.sharding import generator_shardings, make_generator_mesh
+from magistral_jax.publish.manifest import WeightsRefusedError
+from magistral_jax.publish.plane import wanted_params
+from magistral_jax.publish.planes import choose_plane, make_receiver
 from magistral_jax.records import MagistralError, Rollout, WeightVersion
 
 _STOP_SECONDS = 5.0  # for the block that runs when the order to stop comes
 
 
 class Worker:
-    """One engine and its connection to the trainer's process."""
+    """One engine and its connection to the trainer's process.
 
-    def __init__(self, channel: Channel) -> None:
-        self._channel = channel
+    Args:
+      channel: The connection.
+      peer: The trainer, for messages.
+    """
+
+    def __init__(self, channel: Channel, peer: str = "the trainer") -> None:
+        self._channel, self._peer = channel, peer
         self._engine: GeneratorThread | None = None
         self._began = time.monotonic()
 
-    def run(self) -> None:
-        """Serve until the end of the connection or the order to stop."""
+    def run(self) -> bool:
+        """Serve until the order to stop, which is True, or the end of the connection."""
         hello = self._channel.receive()
         if hello is None:
-            return
+            return False
         threading.Thread(target=self._beat, name="heartbeat", daemon=True).start()
         engine = self._build(hello)
-        self._channel.send(Frame("ready"))
+        self._send(Frame("ready"))
         while (frame := self._channel.receive()) is not None:
             match frame.kind:
                 case "submit":
                     engine.submit(requests_of(frame))
                 case "weights":
-                    self._load(frame)
+                    try:
+                        self._load(frame)
+                    except ConnectionError:
+                        return False
                 case "bound":
                     engine.is_at_bound = frame.fields["value"]
+                case "hold":
+                    engine.hold()
+                case "advance":
+                    engine.advance(frame.fields["step"])
                 case "stop":
-                    with contextlib.suppress(TimeoutError):
-                        engine.stop(_STOP_SECONDS)
-                    return
+                    self.close()
+                    return True
+        return False
+
+    def close(self) -> None:
+        """End the engine and the connection."""
+        if self._engine is not None:
+            with contextlib.suppress(TimeoutError):
+                self._engine.stop(_STOP_SECONDS)
+        self._channel.close()
 
     def fail(self, error: BaseException) -> NoReturn:
         """Say why, and end: an engine that failed has nothing more to give."""
         traceback.print_exception(error)
+        self.report(error)
+        leave(1)
+
+    def report(self, error: BaseException) -> None:
+        """Tell the trainer why there will be nothing more."""
         is_mistake = isinstance(error, MagistralError)
-        with contextlib.suppress(OSError):
-            text = str(error) if is_mistake else repr(error)
-            self._channel.send(Frame("failure", {"text": text, "is_mistake": is_mistake}))
-        _leave(1)
+        text = str(error) if is_mistake else repr(error)
+        self._send(Frame("failure", {"text": text, "is_mistake": is_mistake}))
 
     def _build(self, hello: Frame) -> GeneratorThread:
         for name, value in hello.fields["jax"].items():
             jax.config.update(name, value)
         settings = settings_of(hello)
-        self._reader = WeightsReader(settings.model, jnp.dtype(settings.dtype))
-        batcher = ContinuousBatcher(settings.model, settings.generation, settings.stop_ids, settings.seed)
-        reports = Reports(on_rollout=self._send_rollout, on_weights=self._send_receipt, on_failure=self.fail)
+        generation, mesh, shardings = settings.generation, None, None
+        if generation.tensor > 1:  # all devices that this process sees are its own
+            mesh = make_generator_mesh(generation.tensor, num_taken=0)
+            shardings = generator_shardings(settings.model, mesh)
+        self._receiver = make_receiver(
+            choose_plane(generation.plane, generation.where),
+            wanted_params(settings.model, jnp.dtype(settings.dtype), shardings),
+            generation.transfer_deadline,
+        )
+        batcher = ContinuousBatcher(settings.model, generation, settings.stop_ids, settings.seed, mesh)
+        reports = Reports(
+            on_rollout=self._send_rollout,
+            on_weights=self._send_receipt,
+            on_failure=self.fail,
+            on_intake=lambda intake: self._send(intake_frame(intake)),
+        )
         self._engine = GeneratorThread(batcher, reports)
         self._engine.start()
         return self._engine
@@ -83,21 +128,25 @@ class Worker:
     def _load(self, frame: Frame) -> None:
         """Take weights to the device, beside those that the engine uses until the next block is through."""
         assert self._engine is not None
-        assert frame.descriptor is not None
-        manifest = Manifest.from_fields(frame.fields)
+        delivery = delivery_of(frame, self._channel, self._peer)
+        version = delivery.manifest.version
         try:
-            params = self._reader.read(manifest, frame.descriptor)
+            params = self._receiver.receive(delivery)
         except WeightsRefusedError as error:
-            self._channel.send(Frame("refused", {"version": manifest.version, "reason": str(error)}))
+            self._send(Frame("refused", {"version": version, "reason": str(error)}))
             return
-        self._engine.set_weights(params, manifest.version, fingerprint(params))
-        self._channel.send(Frame("loaded", {"version": manifest.version}))
+        self._engine.set_weights(params, version, fingerprint(params))
+        self._send(Frame("loaded", {"version": version}))
 
     def _send_rollout(self, rollout: Rollout) -> None:
-        self._channel.send(rollout_frame(rollout, self._usage()))
+        self._send(rollout_frame(rollout, self._usage()))
 
     def _send_receipt(self, receipt: WeightVersion) -> None:
-        self._channel.send(Frame("receipt", {"version": receipt.version, "fingerprint": receipt.fingerprint}))
+        self._send(Frame("receipt", {"version": receipt.version, "fingerprint": receipt.fingerprint}))
+
+    def _send(self, frame: Frame) -> None:
+        with contextlib.suppress(OSError):  # the trainer is gone, as the main thread sees
+            self._channel.send(frame)
 
     def _usage(self) -> dict[str, Any]:
         return dataclasses.asdict(self._engine.usage() if self._engine else GeneratorUsage())
@@ -118,10 +167,10 @@ def main() -> None:
         worker.run()
     except BaseException as error:
         worker.fail(error)
-    _leave(0)
+    leave(0)
 
 
-def _leave(code: int) -> NoReturn:
+def leave(code: int) -> NoReturn:
     """End at once: an engine in the middle of a block would hold up, or crash, the interpreter's own way out."""
     sys.stderr.flush()
     os._exit(code)

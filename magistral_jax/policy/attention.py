@@ -1,36 +1,120 @@
-"""Attention over tokens: segment-causal for training and scoring, paged for prefill and decode.
+"""Attention over packed rows, for training and scoring: one function, several implementations.
 
-Both take queries, keys and values that carry their positions already (rotary) and know nothing of parameters.
+  reference  the whole score matrix in float32: the oracle of the tests, any platform
+  blocked    portable: blocks of queries on short rows, and on long ones a stream of blocks with no [T, T] array
+  cudnn      cuDNN's fused attention, by `jax.nn.dot_product_attention`: NVIDIA GPUs, bfloat16
+  splash     the splash kernel that jax ships (`policy.tpu_attention`): TPUs
+
+Queries, keys and values carry their positions already (rotary); attention knows nothing of parameters. `cudnn` and
+`splash` have not run on their hardware: see docs/kernels.md for what was checked without it.
 """
 
-import math
+from typing import Literal
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
-from magistral_jax.pytrees import pytree_dataclass
+from magistral_jax.policy.config import ModelConfig
+from magistral_jax.policy.streamed_attention import streamed_attention
+from magistral_jax.policy.tpu_attention import splash_attention
+from magistral_jax.pytrees import pytree_dataclass, static_field
+from magistral_jax.records import MagistralError
+
+RowAttention = Literal["reference", "blocked", "cudnn", "splash"]
 
 _MASKED = -1e30  # finite, so that a row without any key gives numbers and not NaN
-_TOKENS_PER_STEP = 64  # keys read per step of the online softmax, rounded to whole pages
 _QUERY_BLOCK = 128  # fewest queries that share a slice of keys in a row
 _MOST_BLOCKS = 4  # slices of a row: each is compiled on its own
+_LONGEST_DENSE = 2048  # tokens of a row; longer ones are streamed
+_CUDNN_WIDEST = 256  # dimensions of a head, on Hopper and later
+
+
+def choose_attention(choice: str, model: ModelConfig, *, dtype: str, platform: str) -> RowAttention:
+    """The implementation that `choice` stands for on this platform; "auto" takes the fastest that works.
+
+    Raises:
+      MagistralError: The choice cannot work here.
+    """
+    obstacles = {
+        "reference": "",
+        "blocked": "",
+        "cudnn": _why_no_cudnn(model, dtype, platform),
+        "splash": "" if platform == "tpu" else f"the trainer runs on {platform}",
+    }
+    if choice == "auto":
+        choice = next(name for name in ("cudnn", "splash", "blocked") if not obstacles[name])
+    if obstacles[choice]:
+        raise MagistralError(f"`policy.attention` is `{choice}`, but {obstacles[choice]}.")
+    return choice  # pyright: ignore[reportReturnType]
+
+
+def _why_no_cudnn(model: ModelConfig, dtype: str, platform: str) -> str:
+    if platform != "gpu":
+        return f"the trainer runs on {platform}"
+    if dtype != "bfloat16":
+        return f"cuDNN's attention wants bfloat16, and `policy.dtype` is `{dtype}`"
+    if model.head_dim % 8 or model.head_dim > _CUDNN_WIDEST:
+        return f"cuDNN wants heads of a multiple of 8 and at most {_CUDNN_WIDEST} dimensions, not {model.head_dim}"
+    return ""
 
 
 @pytree_dataclass
-class LayerPages:
-    """KV pages of one layer. Head-major: the keys of one head in one page are contiguous."""
+class PackedRows:
+    """Who may read whom in packed rows, prepared once for all layers, and how attention is computed over them."""
 
-    keys: Float[Array, "P K C E"]
-    values: Float[Array, "P K C E"]
+    positions: Int[Array, "B T"]
+    segment_ids: Int[Array, "B T"]
+    mask: Bool[Array, "B T T"] | None
+    """None where the implementation needs no such array."""
+    window: int | None = static_field(None)
+    implementation: RowAttention = static_field("blocked")
 
 
-@pytree_dataclass
-class PagedCache:
-    """The page pool of every layer and, for each row of the call, the pages that it owns or shares, in order."""
+def packed_rows(
+    positions: Int[Array, "B T"],
+    segment_ids: Int[Array, "B T"],
+    window: int | None = None,
+    implementation: RowAttention = "blocked",
+) -> PackedRows:
+    """What `segment_attention` needs to know of the rows.
 
-    layers: tuple[LayerPages, ...]
-    page_table: Int[Array, "B W"]
+    Args:
+      positions: Of each token in its sequence; the tokens of a segment are consecutive, in the row and in position.
+      segment_ids: Which sequence of its row a token belongs to. Padding, 0, reads padding, and means nothing.
+      window: A token reads this many tokens, itself included; None is all.
+      implementation: See the module.
+    """
+    has_mask = implementation in ("reference", "cudnn") or not (implementation == "splash" or _is_long(positions))
+    mask = segment_mask(positions, segment_ids, window) if has_mask else None
+    return PackedRows(positions, segment_ids, mask, window, implementation)
+
+
+def segment_attention(
+    q: Float[Array, "B T H E"], k: Float[Array, "B T K E"], v: Float[Array, "B T K E"], rows: PackedRows
+) -> Float[Array, "B T H E"]:
+    """Causal softmax attention within the segments of packed rows, grouped queries, scores in float32."""
+    match rows.implementation:
+        case "splash":
+            return splash_attention(q, k, v, rows.segment_ids, rows.window)
+        case "cudnn":
+            return _cudnn_attention(q, k, v, rows)
+        case "reference":
+            q_wide, k_wide, v_wide = (x.astype(jnp.float32) for x in (q, k, v))
+            return _dense_attention(q_wide, k_wide, v_wide, _mask_of(rows)).astype(v.dtype)
+        case "blocked" if rows.mask is None:
+            return streamed_attention(q, k, v, rows.positions, rows.segment_ids, rows.window)
+        case "blocked":
+            return _blocked_attention(q, k, v, _mask_of(rows))
+
+
+def _is_long(positions: Int[Array, "B T"]) -> bool:
+    return positions.shape[1] > _LONGEST_DENSE
+
+
+def _mask_of(rows: PackedRows) -> Bool[Array, "B T T"]:
+    assert rows.mask is not None
+    return rows.mask
 
 
 def segment_mask(
@@ -42,17 +126,15 @@ def segment_mask(
     return mask if window is None else mask & (distance < window)
 
 
-def segment_attention(
+def _blocked_attention(
     q: Float[Array, "B T H E"],
     k: Float[Array, "B T K E"],
     v: Float[Array, "B T K E"],
     mask: Bool[Array, "B T T"],
 ) -> Float[Array, "B T H E"]:
-    """Softmax attention under a mask, grouped queries, scores in float32.
-
-    Queries go in blocks, each reading the keys up to its own end, so most of the empty half of a causal score matrix is
-    never computed. A key to the right of its query may thus be left out whatever the mask says: only padding has such.
-    """
+    # Queries go in blocks, each reading the keys up to its own end, so most of the empty half of a causal score matrix
+    # is never computed. A key to the right of its query may thus be left out whatever the mask says: only padding has
+    # such.
     tokens = q.shape[1]
     block = max(_QUERY_BLOCK, -(-tokens // _MOST_BLOCKS))
     starts = range(0, tokens, block)
@@ -83,71 +165,28 @@ def _dense_attention(
     return mixed.reshape(rows, tokens, heads, size)
 
 
-def write_pages(
-    pages: LayerPages,
+def _cudnn_attention(
+    q: Float[Array, "B T H E"],
     k: Float[Array, "B T K E"],
     v: Float[Array, "B T K E"],
-    page_table: Int[Array, "B W"],
-    positions: Int[Array, "B T"],
-    is_live: Bool[Array, "B T"],
-) -> LayerPages:
-    """Store keys and values at their positions; tokens that are not live are not written anywhere."""
-    num_pages, kv_heads, page_size, _ = pages.keys.shape
-    page = jnp.take_along_axis(page_table, positions // page_size, axis=1, mode="clip")
-    page = jnp.where(is_live, page, num_pages)[:, :, None]  # out of range, and dropped
-    offset = (positions % page_size)[:, :, None]
-    head = jnp.arange(kv_heads)[None, None, :]
-    return LayerPages(
-        keys=pages.keys.at[page, head, offset].set(k.astype(pages.keys.dtype), mode="drop"),
-        values=pages.values.at[page, head, offset].set(v.astype(pages.values.dtype), mode="drop"),
-    )
-
-
-def paged_attention(
-    q: Float[Array, "B T H E"],
-    pages: LayerPages,
-    page_table: Int[Array, "B W"],
-    positions: Int[Array, "B T"],
-    is_live: Bool[Array, "B T"],
-    window: int | None,
+    rows: PackedRows,
 ) -> Float[Array, "B T H E"]:
-    """Attention of queries to the pages of their row, up to their own position.
+    """Right of the diagonal and before the window cuDNN skips whole blocks; segments are a mask on the rest.
 
-    An online softmax over a few pages at a time, whose trip count is the longest live row: what a call costs grows
-    with the tokens in use, not with the size of the table, and nothing of size [B, W·C] is built.
+    The mask costs 2 · B · T² bytes, once for all heads. Padding to an even number of tokens (cuDNN wants one where
+    there is a mask) reads itself.
     """
-    _, kv_heads, page_size, size = pages.keys.shape
-    rows, tokens, heads, _ = q.shape
-    group = heads // kv_heads
-    width = page_table.shape[1]
-    step_pages = math.gcd(width, max(1, _TOKENS_PER_STEP // page_size))
-    step_tokens = step_pages * page_size
-    head = jnp.arange(kv_heads)[None, :, None]
-    q = q.reshape(rows, tokens, kv_heads, group, size).transpose(0, 2, 3, 1, 4)
-    q = q.reshape(rows, kv_heads, group * tokens, size).astype(pages.keys.dtype)
-    query_position = jnp.tile(positions, (1, group))[:, None, :, None]
-
-    def read(step: Int[Array, ""], carry: tuple[Array, Array, Array]) -> tuple[Array, Array, Array]:
-        highest, mass, mixed = carry
-        table = jax.lax.dynamic_slice_in_dim(page_table, step * step_pages, step_pages, axis=1)[:, None, :]
-        k = pages.keys.at[table, head].get(mode="clip").reshape(rows, kv_heads, step_tokens, size)
-        v = pages.values.at[table, head].get(mode="clip").reshape(rows, kv_heads, step_tokens, size)
-        scores = jnp.einsum("bkqe,bkse->bkqs", q, k, preferred_element_type=jnp.float32) * size**-0.5
-        distance = query_position - (step * step_tokens + jnp.arange(step_tokens))[None, None, None, :]
-        readable = distance >= 0 if window is None else (distance >= 0) & (distance < window)
-        scores = jnp.where(readable, scores, _MASKED)
-        new_highest = jnp.maximum(highest, scores.max(axis=-1))
-        weights = jnp.exp(scores - new_highest[..., None])
-        decay = jnp.exp(highest - new_highest)
-        mixed = mixed * decay[..., None] + jnp.einsum(
-            "bkqs,bkse->bkqe", weights.astype(v.dtype), v, preferred_element_type=jnp.float32
-        )
-        return new_highest, mass * decay + weights.sum(axis=-1), mixed
-
-    shape = (rows, kv_heads, group * tokens)
-    start = (jnp.full(shape, _MASKED), jnp.zeros(shape), jnp.zeros((*shape, size)))
-    num_steps = jnp.max(jnp.where(is_live, positions, 0)) // step_tokens + 1
-    _, mass, mixed = jax.lax.fori_loop(0, num_steps, read, start)
-    mixed = (mixed / mass[..., None]).astype(pages.values.dtype)
-    mixed = mixed.reshape(rows, kv_heads, group, tokens, size).transpose(0, 3, 1, 2, 4)
-    return mixed.reshape(rows, tokens, heads, size)
+    tokens = q.shape[1]
+    odd = tokens % 2
+    q, k, v = (jnp.pad(x, ((0, 0), (0, odd), (0, 0), (0, 0))) for x in (q, k, v))
+    mask = jnp.pad(_mask_of(rows), ((0, 0), (0, odd), (0, odd))) | (jnp.arange(tokens + odd) >= tokens)[None, :, None]
+    mixed = jax.nn.dot_product_attention(
+        q,
+        k,
+        v,
+        mask=mask[:, None],
+        is_causal=True,
+        local_window_size=None if rows.window is None else (rows.window - 1, 0),
+        implementation="cudnn",
+    )
+    return mixed[:, :tokens]

@@ -43,12 +43,14 @@ class RopeScaling:
 
 @dataclasses.dataclass(frozen=True)
 class MeshConfig:
-    """Devices of the trainer; the product of the three is their number. The generator runs on the first one."""
+    """Devices of the trainer; the product of the four is their number, over all processes of the trainer."""
 
     data: int = 1
     """Copies of the parameters, each with its own rows of a microbatch."""
     fsdp: int = 1
     """Parts into which parameters and optimizer state are split, each with its own rows as well."""
+    sequence: int = 1
+    """Parts into which each row is split, for long sequences; parameters and optimizer state are split as well."""
     tensor: int = 1
     """Parts into which heads, feed-forward width and vocabulary are split."""
 
@@ -63,7 +65,18 @@ class PolicyConfig:
     """Start from random weights: only the architecture and the tokenizer of the folder are read."""
     dtype: Literal["float32", "bfloat16"] = "float32"
     """Precision of the computation; parameters and optimizer stay in float32."""
-    remat: Literal["none", "full"] = "none"
-    """Recompute layer activations in the backward pass."""
+    remat: Literal["none", "full", "dots", "dots_no_batch", "outputs"] = "none"
+    """What of a layer is kept for the backward pass, the rest being computed again: everything, its input only, results
+    of matrix products, of those with weights, or the outputs of attention and feed-forward."""
+    attention: Literal["auto", "reference", "blocked", "cudnn", "splash"] = "auto"
+    """How attention over packed rows is computed: plainly (for checks), in blocks by XLA on any platform, by cuDNN
+    (NVIDIA, bfloat16), or by the splash kernel (TPU). `auto` takes the fastest that works, and says which."""
+    lora_rank: int = 0
+    """Rank of low-rank adapters, which are then all that is trained; 0 trains every parameter. The frozen parameters
+    are kept in `policy.dtype`."""
+    lora_alpha: float = 32.0
+    """The adapters' change of a matrix is multiplied by lora_alpha / lora_rank."""
+    lora_targets: Literal["attention", "mlp", "all"] = "all"
+    """Which matrices of a layer are adapted."""
     logprob_chunk: int = 256
     """Tokens whose logits exist at one time, in training and scoring."""

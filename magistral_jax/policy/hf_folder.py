@@ -22,7 +22,16 @@ from magistral_jax.policy.config import ModelConfig
 from magistral_jax.policy.hf_config import hf_config, read_json, read_model_config
 from magistral_jax.records import MagistralError
 
-__all__ = ["TOKENIZER_FILES", "assemble", "load_params", "read_model_config", "save_folder", "tensor_table"]
+__all__ = [
+    "TOKENIZER_FILES",
+    "Entry",
+    "TensorFiles",
+    "assemble",
+    "load_params",
+    "read_model_config",
+    "save_folder",
+    "tensor_table",
+]
 
 # Copied from the folder that a model came from.
 TOKENIZER_FILES = (
@@ -34,6 +43,7 @@ TOKENIZER_FILES = (
     "merges.txt",
     "tokenizer.model",
     "chat_template.jinja",
+    "tekken.json",
     "generation_config.json",
 )
 _TOKEN_KEYS = ("bos_token_id", "eos_token_id", "pad_token_id")
@@ -112,20 +122,51 @@ def load_params(folder: str | pathlib.Path, config: ModelConfig, dtype: npt.DTyp
     Raises:
       MagistralError: A file is missing or damaged, or a tensor is missing, unknown, or of another shape or type.
     """
-    folder = pathlib.Path(folder)
-    files = _tensor_files(folder)
+    return assemble(config, TensorFiles(folder, config).read, dtype)
 
-    def read(name: str, hf_shape: tuple[int, ...]) -> np.ndarray:
-        if name not in files:
-            raise MagistralError(f"{folder}: tensor {name} is missing; config.json asks for {list(hf_shape)}")
-        return _read_tensor(files.pop(name), name, hf_shape)
 
-    params = assemble(config, read, dtype)
-    ignored = {"lm_head.weight"} if config.tie_embeddings else set()
-    unknown = sorted(name for name in files if name not in ignored and not name.endswith("rotary_emb.inv_freq"))
-    if unknown:
-        raise MagistralError(f"{files[unknown[0]]}: tensor {unknown[0]} has no place in a model of this config.json")
-    return params
+class TensorFiles:
+    """The tensors of a model folder, to be read whole or in part; all that the architecture asks for are there.
+
+    Raises:
+      MagistralError: A file is missing or damaged, or a tensor is missing or unknown.
+    """
+
+    def __init__(self, folder: str | pathlib.Path, config: ModelConfig) -> None:
+        folder = pathlib.Path(folder)
+        self._files = _tensor_files(folder)
+        unknown = dict(self._files)
+        for entry in tensor_table(config):
+            for name in _names(entry, config):
+                if unknown.pop(name, None) is None:
+                    raise MagistralError(
+                        f"{folder}: tensor {name} is missing; config.json asks for {list(entry.hf_shape)}"
+                    )
+        ignored = {"lm_head.weight"} if config.tie_embeddings else set()
+        rest = sorted(name for name in unknown if name not in ignored and not name.endswith("rotary_emb.inv_freq"))
+        if rest:
+            raise MagistralError(f"{unknown[rest[0]]}: tensor {rest[0]} has no place in a model of this config.json")
+
+    def read(self, name: str, shape: tuple[int, ...], index: tuple[slice, ...] | None = None) -> np.ndarray:
+        """A tensor, or what lies at `index` of it: nothing else is read.
+
+        Raises:
+          MagistralError: The file is damaged, or the tensor is not as config.json says.
+        """
+        path = self._files[name]
+        with _open(path) as file:
+            if name not in file.keys():  # noqa: SIM118 (no mapping)
+                raise MagistralError(f"{path}: tensor {name} is missing; {_INDEX} says that it is there")
+            stored = file.get_slice(name)
+            if tuple(stored.get_shape()) != shape:
+                raise MagistralError(
+                    f"{path}: tensor {name} has shape {stored.get_shape()}; config.json asks for {list(shape)}"
+                )
+            if stored.get_dtype() not in _READABLE:
+                raise MagistralError(
+                    f"{path}: tensor {name} is stored as {stored.get_dtype()}; expected F32, F16 or BF16"
+                )
+            return file.get_tensor(name) if index is None else stored[index]
 
 
 def assemble(
@@ -249,20 +290,6 @@ def _tensor_files(folder: pathlib.Path) -> dict[str, pathlib.Path]:
         raise MagistralError(f"{folder}: no weights there; expected {_SINGLE}, or shards with {_INDEX}")
     with _open(path) as file:
         return dict.fromkeys(file.keys(), path)
-
-
-def _read_tensor(path: pathlib.Path, name: str, shape: tuple[int, ...]) -> np.ndarray:
-    with _open(path) as file:
-        if name not in file.keys():  # noqa: SIM118 (no mapping)
-            raise MagistralError(f"{path}: tensor {name} is missing; {_INDEX} says that it is there")
-        stored = file.get_slice(name)
-        if tuple(stored.get_shape()) != shape:
-            raise MagistralError(
-                f"{path}: tensor {name} has shape {stored.get_shape()}; config.json asks for {list(shape)}"
-            )
-        if stored.get_dtype() not in _READABLE:
-            raise MagistralError(f"{path}: tensor {name} is stored as {stored.get_dtype()}; expected F32, F16 or BF16")
-        return file.get_tensor(name)
 
 
 def _open(path: pathlib.Path) -> Any:

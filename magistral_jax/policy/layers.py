@@ -10,9 +10,11 @@ from typing import Any
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float, Int
 
 from magistral_jax.policy.config import ModelConfig, RopeScaling
+from magistral_jax.policy.remat import ATTENTION_OUTPUT, MLP_OUTPUT
 
 # (q, k, v) -> (mixed values, whatever the cache becomes)
 Attend = Callable[
@@ -39,6 +41,14 @@ def rms_norm(x: Float[Array, "*B D"], scale: Float[Array, " D"], eps: float) -> 
 def project(x: Float[Array, "B T M"], kernel: Float[Array, "M N"]) -> Float[Array, "B T N"]:
     """`x @ kernel` as one matrix product over all tokens: on CPU the gradient of the batched form costs twice."""
     return (x.reshape(-1, x.shape[-1]) @ kernel).reshape(*x.shape[:-1], -1)
+
+
+def adapt(module: nn.Module, x: Float[Array, "B T M"], y: Float[Array, "B T *N"]) -> Float[Array, "B T *N"]:
+    """`y` with what the low-rank adapters of a module add to it; most modules have none (`policy.lora`)."""
+    if not module.has_variable("adapters", "lora_a"):
+        return y
+    a, b = (module.get_variable("adapters", name) for name in ("lora_a", "lora_b"))
+    return y + project(project(x, a), b).reshape(y.shape)
 
 
 def rope_frequencies(config: ModelConfig) -> Float[Array, " E_half"]:
@@ -94,6 +104,7 @@ class HeadProjection(nn.Module):
         shape = (self.width, self.num_heads, self.head_dim)
         kernel = self.param("kernel", _logical(_scaled(self.width), "embed", self.axis, "head_dim"), shape)
         y = project(x, kernel.reshape(self.width, -1)).reshape(*x.shape[:2], *shape[1:])
+        y = adapt(self, x, y)
         if self.bias:
             y += self.param("bias", _logical(jax.nn.initializers.zeros, self.axis, "head_dim"), shape[1:])[None, None]
         return y
@@ -134,7 +145,8 @@ class OutputProjection(nn.Module):
         init = _scaled(c.num_heads * c.head_dim, (2 * c.num_layers) ** -0.5)
         shape = (c.num_heads, c.head_dim, c.d_model)
         kernel = self.param("kernel", _logical(init, "heads", "head_dim", "embed"), shape)
-        return project(x.reshape(*x.shape[:2], -1), kernel.reshape(-1, c.d_model))
+        x = x.reshape(*x.shape[:2], -1)
+        return adapt(self, x, project(x, kernel.reshape(-1, c.d_model)))
 
 
 class Linear(nn.Module):
@@ -148,7 +160,7 @@ class Linear(nn.Module):
     def __call__(self, x: Float[Array, "B T M"]) -> Float[Array, "B T N"]:
         """Apply the map."""
         kernel = self.param("kernel", _logical(_scaled(self.shape[0], self.gain), *self.axes), self.shape)
-        return project(x, kernel)
+        return adapt(self, x, project(x, kernel))
 
 
 class GatedMlp(nn.Module):
@@ -179,5 +191,6 @@ class DecoderLayer(nn.Module):
         c = self.config
         normed = RMSNorm(c.d_model, c.norm_eps, name="attn_norm")(x)
         mixed, cache = Attention(c, name="attn")(normed, positions, attend)
-        x = x + mixed
-        return x + GatedMlp(c, name="mlp")(RMSNorm(c.d_model, c.norm_eps, name="mlp_norm")(x)), cache
+        x = x + checkpoint_name(mixed, ATTENTION_OUTPUT)
+        out = GatedMlp(c, name="mlp")(RMSNorm(c.d_model, c.norm_eps, name="mlp_norm")(x))
+        return x + checkpoint_name(out, MLP_OUTPUT), cache

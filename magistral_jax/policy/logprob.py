@@ -1,9 +1,12 @@
 """Log-probability and entropy of given tokens from hidden states, a chunk of logits at a time.
 
-The [B, T, V] logits never exist, in the forward or in the backward pass: each chunk is recomputed for its gradient.
+The [B, T, V] logits never exist, in the forward or in the backward pass. The gradient is written out: it needs the
+logits of a chunk and two numbers a token, so a chunk is computed again where there are several, and kept where there is
+only one (at most `chunk` tokens of logits exist either way).
 """
 
-from typing import Any
+import functools
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -36,22 +39,90 @@ def token_logprob(
       chunk: Tokens whose logits exist at one time, over all rows; at least one of each row.
     """
     rows, length, width = hidden.shape
-    kernel = head_kernel(params, config).astype(hidden.dtype)
     # Cut along the tokens, all rows in each chunk: rows may be sharded, and a loop over rows would gather them.
     columns = min(length, max(1, chunk // rows))
     pad = -length % columns
-    states = jnp.pad(hidden, ((0, 0), (0, pad), (0, 0))).reshape(rows, -1, columns, width)
-    targets = jnp.pad(jnp.roll(tokens, -1, axis=1), ((0, 0), (0, pad))).reshape(rows, -1, columns)
+    states = jnp.pad(hidden, ((0, 0), (0, pad), (0, 0))).reshape(rows, -1, columns, width).swapaxes(0, 1)
+    targets = jnp.pad(jnp.roll(tokens, -1, axis=1), ((0, 0), (0, pad))).reshape(rows, -1, columns).swapaxes(0, 1)
+    num_chunks = states.shape[0]
+    scores: Any = _scores(  # a pair; the type of a custom_vjp is lost
+        states.reshape(num_chunks, -1, width),
+        head_kernel(params, config),
+        targets.reshape(num_chunks, -1),
+        temperature,
+    )
+    align = lambda x: x.reshape(num_chunks, rows, columns).swapaxes(0, 1).reshape(rows, -1)[:, :length]
+    return jnp.roll(align(scores[0]), 1, axis=1), jnp.roll(align(scores[1]), 1, axis=1)
 
-    @jax.checkpoint
-    def score(args: tuple[Array, Array]) -> tuple[Array, Array]:
-        state, target = args[0].reshape(-1, width), args[1].reshape(-1)
-        logit = jnp.einsum("nd,dv->nv", state, kernel, preferred_element_type=jnp.float32) / temperature
-        normalizer = jax.nn.logsumexp(logit, axis=-1)
-        logprob = jnp.take_along_axis(logit, target[:, None], axis=-1)[:, 0] - normalizer
-        entropy = normalizer - jnp.sum(jnp.exp(logit - normalizer[:, None]) * logit, axis=-1)
-        return logprob.reshape(rows, columns), entropy.reshape(rows, columns)
 
-    logprob, entropy = jax.lax.map(score, (states.swapaxes(0, 1), targets.swapaxes(0, 1)))
-    align = lambda x: jnp.roll(x.swapaxes(0, 1).reshape(rows, -1)[:, :length], 1, axis=1)
-    return align(logprob), align(entropy)
+class _Token(NamedTuple):
+    """What the gradient of one chunk reads: its inputs, and log Σ exp(logit) and entropy of each token."""
+
+    state: Float[Array, "*C N D"]
+    target: Int[Array, "*C N"]
+    normalizer: Float[Array, "*C N"]
+    entropy: Float[Array, "*C N"]
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
+def _scores(
+    states: Float[Array, "C N D"], kernel: Float[Array, "D V"], targets: Int[Array, "C N"], temperature: float
+) -> tuple[Float[Array, "C N"], Float[Array, "C N"]]:
+    """Log-probs and entropies of C chunks of N tokens."""
+    return _scores_forward(states, kernel, targets, temperature)[0]
+
+
+def _scores_forward(states: Array, kernel: Array, targets: Array, temperature: float) -> tuple[Any, Any]:
+    if states.shape[0] == 1:
+        logit, scores, token = _score(states[0], kernel, targets[0], temperature)
+        scores, token, kept = jax.tree.map(lambda x: x[None], (scores, token, logit))
+        return scores, (token, kernel, kept)
+    scores, token = jax.lax.map(lambda x: _score(x[0], kernel, x[1], temperature)[1:], (states, targets))
+    return scores, (token, kernel, None)
+
+
+def _score(state: Array, kernel: Array, target: Array, temperature: float) -> tuple[Array, tuple[Array, Array], _Token]:
+    logit = _logits(state, kernel, temperature)
+    highest = logit.max(axis=-1)
+    mass = jnp.exp(logit - highest[:, None])
+    total = mass.sum(axis=-1)
+    normalizer = jnp.log(total) + highest
+    entropy = normalizer - (mass * logit).sum(axis=-1) / total
+    logprob = jnp.take_along_axis(logit, target[:, None], axis=-1)[:, 0] - normalizer
+    return logit, (logprob, entropy), _Token(state, target, normalizer, entropy)
+
+
+def _scores_backward(temperature: float, saved: Any, cotangents: tuple[Array, Array]) -> tuple[Array, Array, None]:
+    token, kernel, kept = saved
+
+    def add(kernel_gradient: Array, chunk: Any) -> tuple[Array, Array]:
+        token, cotangents, logit = chunk
+        if logit is None:
+            logit = _logits(token.state, kernel, temperature)
+        change = _logit_gradient(logit, token, *cotangents) / temperature
+        change = change.astype(token.state.dtype)
+        state_gradient = jnp.einsum("nv,dv->nd", change, kernel.astype(change.dtype))
+        part = jnp.einsum("nd,nv->dv", token.state, change, preferred_element_type=jnp.float32)
+        return kernel_gradient + part, state_gradient
+
+    # Summed in float32 whatever the precision of the computation: a bfloat16 sum over many chunks loses the small ones.
+    kernel_gradient, state_gradient = jax.lax.scan(add, jnp.zeros(kernel.shape, jnp.float32), (token, cotangents, kept))
+    return state_gradient, kernel_gradient.astype(kernel.dtype), None
+
+
+def _logit_gradient(
+    logit: Float[Array, "N V"], token: _Token, from_logprob: Float[Array, " N"], from_entropy: Float[Array, " N"]
+) -> Float[Array, "N V"]:
+    """∂ log pₜ / ∂ logit = 1ₜ − p;  ∂ H / ∂ logit = −p · (log p + H)."""
+    logp = logit - token.normalizer[:, None]
+    weight = from_logprob[:, None] + from_entropy[:, None] * (logp + token.entropy[:, None])
+    is_target = jax.lax.broadcasted_iota(jnp.int32, logit.shape, 1) == token.target[:, None]
+    return jnp.where(is_target, from_logprob[:, None], 0.0) - jnp.exp(logp) * weight
+
+
+def _logits(state: Float[Array, "N D"], kernel: Float[Array, "D V"], temperature: float) -> Float[Array, "N V"]:
+    kernel = kernel.astype(state.dtype)
+    return jnp.einsum("nd,dv->nv", state, kernel, preferred_element_type=jnp.float32) / temperature
+
+
+_scores.defvjp(_scores_forward, _scores_backward)

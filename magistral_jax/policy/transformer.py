@@ -5,22 +5,21 @@
 for the scan of training and may be a tuple of single layers, which decoding reads without slicing.
 """
 
-from typing import Any, Literal
+import functools
+from typing import Any
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int, PRNGKeyArray
 
-from magistral_jax.policy.attention import (
-    PagedCache,
-    paged_attention,
-    segment_attention,
-    segment_mask,
-    write_pages,
-)
+from magistral_jax.policy.attention import RowAttention, packed_rows, segment_attention
 from magistral_jax.policy.config import ModelConfig
 from magistral_jax.policy.layers import DecoderLayer, rms_norm
+from magistral_jax.policy.layout import Layout
+from magistral_jax.policy.paged_attention import paged_attention
+from magistral_jax.policy.pages import PagedCache, write_pages
+from magistral_jax.policy.remat import Remat, name_weights, rematerialise
 
 _FLOAT32 = jnp.dtype("float32")
 
@@ -58,7 +57,7 @@ def _init_boxed(config: ModelConfig, key: PRNGKeyArray) -> dict[str, Any]:
     return params
 
 
-def forward(
+def forward(  # noqa: PLR0913, what a caller may choose about one computation
     params: dict[str, Any],
     config: ModelConfig,
     tokens: Int[Array, "B T"],
@@ -67,12 +66,15 @@ def forward(
     cache: PagedCache | None = None,
     *,
     dtype: jnp.dtype = _FLOAT32,
-    remat: Literal["none", "full"] = "none",
+    remat: Remat = "none",
+    layout: Layout | None = None,
+    attention: RowAttention = "blocked",
 ) -> tuple[Float[Array, "B T D"], PagedCache | None]:
     """Hidden states after the final norm, and the cache with the keys and values of these tokens.
 
     Args:
-      params: As made by `init_params`; `params["layers"]` stacked, or a tuple with one dict a layer.
+      params: As made by `init_params`; `params["layers"]` stacked, or a tuple with one dict a layer. In training there
+        may be low-rank adapters beside them, under "adapters" (`policy.lora`).
       config: Shape of the model.
       tokens: Token ids.
       positions: Position of each token in its sequence, from 0.
@@ -80,23 +82,31 @@ def forward(
         is one sequence and sees the pages of its row.
       cache: Page pool and page table, or None.
       dtype: Precision of the computation.
-      remat: "full" recomputes each layer in the backward pass.
+      remat: What of a layer is kept for the backward pass; see `policy.remat`.
+      layout: Where `params` and the tokens are one device's part (inside `shard_map`), how they come together.
+      attention: How attention is computed without a cache; pages say for themselves how they are read.
 
     Returns:
       Hidden states, and the updated cache (None without one).
     """
     layer = DecoderLayer(config)
     cast = lambda tree: jax.tree.map(lambda leaf: leaf.astype(dtype), tree)
-    x = params["embed"]["embedding"].astype(dtype)[tokens]
+    embed = cast(params["embed"])
+    x = (embed if layout is None else layout.gather(embed, layout.specs["embed"]))["embedding"][tokens]
 
     if cache is None:
-        mask = segment_mask(positions, segment_ids, config.sliding_window)
-        attend = lambda q, k, v: (segment_attention(q, k, v, mask), None)
+        whole = layout.whole_rows if layout else lambda x: x
+        rows = packed_rows(whole(positions), whole(segment_ids), config.sliding_window, attention)
+        mix = functools.partial(layout.attend, segment_attention) if layout else segment_attention
+        attend = lambda q, k, v: (mix(q, k, v, rows), None)
 
-        def block(x: Array, weights: dict[str, Any]) -> tuple[Array, None]:
-            return layer.apply({"params": cast(weights)}, x, positions, attend)  # pyright: ignore[reportReturnType]
+        def block(x: Array, parts: tuple[dict[str, Any], dict[str, Any]]) -> tuple[Array, None]:
+            weights, adapters = cast(parts)
+            weights = name_weights(weights if layout is None else layout.gather_layer(weights))
+            variables = {"params": weights, "adapters": adapters}
+            return layer.apply(variables, x, positions, attend)  # pyright: ignore[reportReturnType]
 
-        x, _ = jax.lax.scan(jax.checkpoint(block) if remat == "full" else block, x, params["layers"])
+        x, _ = jax.lax.scan(rematerialise(block, remat), x, (params["layers"], params.get("adapters", {})))
         return final_norm(params, config, x), None
 
     is_live = segment_ids > 0
@@ -105,8 +115,7 @@ def forward(
 
         def attend_pages(q: Array, k: Array, v: Array, pages: Any = pages) -> tuple[Array, Any]:
             pages = write_pages(pages, k, v, cache.page_table, positions, is_live)
-            mixed = paged_attention(q, pages, cache.page_table, positions, is_live, config.sliding_window)
-            return mixed.astype(q.dtype), pages
+            return paged_attention(q, pages, cache.page_table, positions, is_live, config.sliding_window), pages
 
         x, new_pages = layer.apply({"params": cast(weights)}, x, positions, attend_pages)
         new_layers.append(new_pages)

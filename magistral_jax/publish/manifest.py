@@ -26,7 +26,7 @@ class Leaf:
     shape: tuple[int, ...]
     dtype: str
     offset: int
-    checksum: int = 0  # CRC-32 of its bytes
+    checksum: int = 0  # of its bytes, or of its elements: the plane says how
 
     @property
     def num_bytes(self) -> int:

@@ -8,7 +8,7 @@ import dataclasses
 import queue
 from collections.abc import Callable
 
-from magistral_jax.generate.handle import Notice
+from magistral_jax.generate.handle import Intake, Notice
 from magistral_jax.records import MagistralError, WeightVersion
 from magistral_jax.schedule.machine import Action, Event, Rules, State, StopRequested, step
 
@@ -21,8 +21,11 @@ class RoleFailed:
     error: Exception
 
 
+Report = WeightVersion | Notice | Intake
+"""What a role says that decides nothing."""
+
 # A SimpleQueue: a signal handler may put into it while this very thread is inside `get`.
-Inbox = queue.SimpleQueue[Event | RoleFailed | WeightVersion | Notice]
+Inbox = queue.SimpleQueue[Event | RoleFailed | Report]
 
 
 class RoleFailedError(MagistralError):
@@ -35,8 +38,7 @@ def drive(
     inbox: Inbox,
     *,
     act: Callable[[State, Action], None],
-    on_receipt: Callable[[WeightVersion], None],
-    on_notice: Callable[[Notice], None],
+    on_report: Callable[[Report], None],
     record: Callable[[Event], None],
     deadline: float,
 ) -> State:
@@ -47,8 +49,7 @@ def drive(
       state: Where to begin.
       inbox: Where the roles report.
       act: Carries out an action, without waiting for its effect.
-      on_receipt: Receives each generator's statement of the weights that it holds.
-      on_notice: Receives what went wrong in a role and was dealt with; it changes nothing here.
+      on_report: Receives what changes nothing here: receipts for weights, what was dealt with, what an engine took in.
       record: Receives every event before it takes effect: the log from which a run can be replayed.
       deadline: Seconds without any report after which the run is given up.
 
@@ -65,15 +66,13 @@ def drive(
             if state.training:  # the state is in the trainer's hands; the last checkpoint stands
                 break
             message = StopRequested()
-        if isinstance(message, WeightVersion):
-            on_receipt(message)
-            continue
-        if isinstance(message, Notice):
-            on_notice(message)
+        if isinstance(message, Report):
+            on_report(message)
             continue
         if isinstance(message, RoleFailed):
             if failure is None:
-                failure = RoleFailedError(f"The {message.role} failed: {message.error!r}")
+                said = str(message.error) if isinstance(message.error, MagistralError) else repr(message.error)
+                failure = RoleFailedError(f"The {message.role} failed: {said}")
                 failure.__cause__ = message.error
             if message.role == "trainer":  # its state is gone with it; the last checkpoint stands
                 break

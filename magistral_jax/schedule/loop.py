@@ -8,28 +8,28 @@ Whether there is one generator in a thread or several in processes, the loop has
 """
 
 import dataclasses
-import json
-import pathlib
 import queue
 import threading
 import time
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import jax
 import numpy as np
 
-from magistral_jax.checkpoint import Checkpoints
-from magistral_jax.generate.handle import Generator, GeneratorUsage, Notice, Reports
-from magistral_jax.generate.sequences import GenerationRequest
+from magistral_jax.checkpoint import REWARD, Checkpoints
+from magistral_jax.generate.handle import Generator, GeneratorUsage, Intake, Notice, Reports
 from magistral_jax.metrics import MetricsWriter, RolloutWriter
 from magistral_jax.policy.fingerprint import fingerprint
 from magistral_jax.pytrees import TrainState
 from magistral_jax.records import Graded, MagistralError, Prompt, Reward, Rollout, SamplingParams, WeightVersion
-from magistral_jax.schedule import machine
-from magistral_jax.schedule.live import Inbox, RoleFailed, RoleFailedError, drive
-from magistral_jax.schedule.machine import Rules, State
+from magistral_jax.schedule import event_log, machine
+from magistral_jax.schedule.event_log import EventLog
+from magistral_jax.schedule.holdings import Group, Holdings
+from magistral_jax.schedule.live import Inbox, Report, RoleFailed, RoleFailedError, drive
 from magistral_jax.schedule.observe import FilterWatch, describe_rollouts
-from magistral_jax.verify.pool import PoolMetrics, VerifierPool, VerifyItem
+from magistral_jax.schedule.state import Rules, State, to_saved
+from magistral_jax.verify.pool import PoolMetrics, VerifierPool
 
 # (state, groups, version) -> (state, metrics, advantages)
 Update = Callable[[TrainState, Sequence[Sequence[Graded]], int], tuple[TrainState, dict[str, float], np.ndarray]]
@@ -50,6 +50,7 @@ class Stages:
     checkpoints: Checkpoints
     metrics: MetricsWriter
     rollouts: RolloutWriter
+    log: EventLog
     on_step: Callable[[int, dict[str, float]], None]
     warn: Callable[[str], None]
 
@@ -57,7 +58,15 @@ class Stages:
 class AsyncLoop:
     """One run of the loop. `inbox` takes `StopRequested` from a signal handler at any time.
 
-    `seconds_before` is what the run took before a resume: the metric `wall_seconds` counts on from it.
+    Args:
+      rules: Of the run.
+      schedule: Where to begin.
+      train_state: Parameters and optimizer to begin with; consumed.
+      stages: What the loop is made of.
+      deadline: Seconds without any report after which the run is given up.
+      seconds_before: What the run took before a resume: the metric `wall_seconds` counts on from it.
+      groups: The complete groups of the checkpoint that the run is resumed from, as `Holdings` packed them; None where
+        it begins.
     """
 
     def __init__(
@@ -67,18 +76,21 @@ class AsyncLoop:
         train_state: TrainState,
         stages: Stages,
         *,
-        folder: pathlib.Path,
         deadline: float,
         seconds_before: float = 0.0,
+        groups: bytes | None = None,
     ) -> None:
         self.inbox: Inbox = queue.SimpleQueue()
         self._rules, self._schedule, self._train_state = rules, schedule, train_state
         self._stages, self._deadline = stages, deadline
-        self._prompts: dict[int, Prompt] = {}
-        self._rollouts: dict[int, Rollout] = {}
-        self._rewards: dict[int, Reward] = {}
+        self._holdings = Holdings(rules.group_size, stages.sampling, stages.prompt_at, stages.decode)
+        if groups is not None:
+            self._holdings.unpack(groups)
+        self._first_event = machine.Started() if groups is None else machine.Resumed()
         self._sent: dict[int, int] = {}  # fingerprint of each published version
-        self._log_path = folder / "events.jsonl"
+        self._step, self._in_trainer = schedule.num_done, tuple[int, ...]()
+        self._fingerprint = 0  # of the trainer's parameters, after the last step
+        self._rewards: list[float] = []  # mean of each batch since the last checkpoint
         self._usage = GeneratorUsage()
         self._pool_metrics = PoolMetrics()
         self._trainer: threading.Thread | None = None  # of the running step
@@ -104,24 +116,22 @@ class AsyncLoop:
                 on_weights=self.inbox.put,
                 on_failure=lambda error: self.inbox.put(RoleFailed("generator", error)),
                 on_notice=self.inbox.put,
+                on_intake=self.inbox.put,
             )
         )
-        with (
-            self._log_path.open("a", encoding="utf-8") as log,
-            stages.make_verifiers(self._on_reward) as self._verifiers,
-        ):
+        with stages.make_verifiers(self._on_reward) as self._verifiers:
+            self._prepare_weights()
             self._publish(self._schedule.num_done)  # weights come before the first rollout, and before any others
             self._generator.start()
-            self.inbox.put(machine.Started())
+            self.inbox.put(self._first_event)
             try:
                 self._schedule = drive(
                     self._rules,
                     self._schedule,
                     self.inbox,
                     act=self._act,
-                    on_receipt=self._check_receipt,
-                    on_notice=lambda notice: self._tell(log, notice),
-                    record=lambda event: _write_event(log, event),
+                    on_report=self._note,
+                    record=self._record,
                     deadline=self._deadline,
                 )
             finally:
@@ -143,17 +153,18 @@ class AsyncLoop:
         self._generator.is_at_bound = machine.is_at_bound(self._rules, state)
         match action:
             case machine.Dispatch(group_id):
-                self._dispatch(group_id)
+                self._generator.submit(self._holdings.requests(group_id))
             case machine.Verify(request_id):
                 self._verify(request_id)
             case machine.Discard(group_id, reason):
-                _, graded = self._take(group_id)
+                _, graded = self._holdings.take(group_id)
                 if reason == "zero_variance" and (warning := self._filtered.add(graded)):
                     stages.warn(warning)
             case machine.Train(step, group_ids):
+                self._step = step + 1
                 self._filtered.reset()
-                groups = [self._take(group_id) for group_id in group_ids]
-                depths = {"in_flight": self._num_in_flight(state), "ready_groups": len(state.ready)}
+                groups, self._in_trainer = [self._holdings.take(group_id) for group_id in group_ids], group_ids
+                depths = {"in_flight": state.num_in_flight, "ready_groups": len(state.ready)}
                 depths |= {f"total_{how}": count for how, count in state.counts.items()}
                 work = (step, groups, depths)
                 self._trainer = threading.Thread(target=self._train, args=work, name="trainer", daemon=True)
@@ -161,51 +172,28 @@ class AsyncLoop:
             case machine.Publish(version):
                 self._publish(version)
             case machine.Checkpoint(step):
-                stages.checkpoints.save(step, self._train_state, machine.to_saved(state))
+                saved = to_saved(state)
+                groups = self._holdings.pack(group_id for group_id, _ in saved["ready"])
+                saved["log_position"] = stages.log.sync()
+                saved[REWARD], self._rewards = float(np.mean(self._rewards)) if self._rewards else None, []
+                stages.checkpoints.save(step, self._train_state, saved, groups)
             case machine.Finish():
                 pass
 
-    def _dispatch(self, group_id: int) -> None:
-        prompt = self._stages.prompt_at(group_id)
-        self._prompts[group_id] = prompt
-        first = group_id * self._rules.group_size
-        self._generator.submit(
-            [
-                GenerationRequest(request_id, prompt.token_ids, self._stages.sampling)
-                for request_id in range(first, first + self._rules.group_size)
-            ]
-        )
-
     def _verify(self, request_id: int) -> None:
-        rollout = self._rollouts[request_id]
-        group_id = request_id // self._rules.group_size
-        item = VerifyItem(
-            request_id=request_id,
-            problem=self._prompts[group_id].problem,
-            completion=self._stages.decode(rollout.completion_ids),
-            num_tokens=len(rollout.completion_ids),
-            max_length=self._stages.sampling.max_new_tokens,
-            truncated=rollout.truncated,
-            group=group_id,
-            group_size=self._rules.group_size,
-            test_seed=group_id,
-        )
         try:
-            self._verifiers.submit(item)
+            self._verifiers.submit(self._holdings.item(request_id))
         except MagistralError as error:
             self.inbox.put(RoleFailed("verifier pool", error))
 
     def _publish(self, version: int) -> None:
-        params = self._stages.publish(self._train_state.params)
-        self._sent[version] = fingerprint(params)
-        self._generator.set_weights(params, version)
+        self._sent[version] = fingerprint(self._weights)
+        self._generator.set_weights(self._weights, version)
 
-    def _take(self, group_id: int) -> tuple[Prompt, list[Graded]]:
-        """Remove and return all that is held of a group."""
-        first = group_id * self._rules.group_size
-        members = range(first, first + self._rules.group_size)
-        graded = [Graded(self._rollouts.pop(i), self._rewards.pop(i)) for i in members]
-        return self._prompts.pop(group_id), graded
+    def _prepare_weights(self) -> None:
+        """What is to be published next, and its mark: in the trainer's thread, so that the driver need not wait."""
+        self._weights = self._stages.publish(self._train_state.params)
+        self._fingerprint = identify(self._train_state.params, self._weights)
 
     def _stop_threads(self) -> list[str]:
         """End generator and trainer; names of those that hang, which are left behind (their threads are daemons)."""
@@ -223,7 +211,7 @@ class AsyncLoop:
 
     # ---- the trainer thread ----
 
-    def _train(self, step: int, taken: list[tuple[Prompt, list[Graded]]], depths: dict[str, int]) -> None:
+    def _train(self, step: int, taken: list[Group], depths: dict[str, int]) -> None:
         try:
             self._train_step(step, taken, depths)
         except Exception as error:
@@ -231,13 +219,15 @@ class AsyncLoop:
         else:
             self.inbox.put(machine.Trained())
 
-    def _train_step(self, step: int, taken: list[tuple[Prompt, list[Graded]]], depths: dict[str, int]) -> None:
+    def _train_step(self, step: int, taken: list[Group], depths: dict[str, int]) -> None:
         began = time.monotonic()
         groups = [graded for _, graded in taken]
         self._train_state, metrics, advantages = self._stages.update(self._train_state, groups, step)
+        self._prepare_weights()
         now = time.monotonic()
         num_tokens = sum(graded.rollout.num_tokens for group in groups for graded in group)
         metrics |= describe_rollouts(groups, step) | {name: float(count) for name, count in depths.items()}
+        self._rewards.append(metrics["reward"])
         metrics |= {
             "train_seconds": now - began,
             "step_seconds": now - self._step_began,
@@ -280,11 +270,11 @@ class AsyncLoop:
     # ---- what the roles report ----
 
     def _on_rollout(self, rollout: Rollout) -> None:
-        self._rollouts[rollout.request_id] = rollout
+        self._holdings.rollouts[rollout.request_id] = rollout
         self.inbox.put(machine.Generated(rollout.request_id))
 
     def _on_reward(self, request_id: int, reward: Reward) -> None:
-        self._rewards[request_id] = reward
+        self._holdings.rewards[request_id] = reward
         failed = reward.verdict.is_infrastructure_failure
         self.inbox.put(machine.Verified(request_id, None if failed else reward.total))
 
@@ -297,14 +287,37 @@ class AsyncLoop:
                 f"{receipt.version}, the trainer sent {expected!r}: rollouts would come from wrong weights."
             )
 
-    def _tell(self, log: Any, notice: Notice) -> None:
-        """Say what a role has got over. It is no event: nothing that is decided depends on it."""
-        self._stages.warn(notice.sentence)
-        log.write(json.dumps({"note": notice.kind, "generator": notice.generator, "sentence": notice.sentence}) + "\n")
+    # ---- the event log ----
 
-    def _num_in_flight(self, state: State) -> int:
-        return sum(self._rules.group_size - len(group.rewards) for group in state.pending.values())
+    def _note(self, report: Report) -> None:
+        """What decides nothing: it is checked, said, and written down."""
+        log = self._stages.log
+        match report:
+            case WeightVersion(version, fingerprint, generator):
+                self._check_receipt(report)
+                log.write(event_log.Holds(generator, version, fingerprint))
+            case Notice(kind, generator, sentence):
+                self._stages.warn(sentence)
+                log.write(event_log.Noted(kind, generator, sentence))
+            case Intake():
+                ids = list(report.request_ids)
+                log.write(event_log.Took(report.engine, report.generator, report.step, ids, report.version))
+
+    def _record(self, event: machine.Event) -> None:
+        """Write an event down, with what a replay is compared with."""
+        match event:
+            case machine.Generated(request_id):
+                record = event_log.describe_rollout(self._holdings.rollouts[request_id])
+            case machine.Verified(request_id):
+                record = event_log.describe_reward(request_id, self._holdings.rewards[request_id])
+            case machine.Trained():
+                record = event_log.Trained(self._step, list(self._in_trainer), self._fingerprint)
+            case other:
+                record = event_log.Happened(type(other).__name__, list(dataclasses.astuple(other)))
+        self._stages.log.write(record)
 
 
-def _write_event(log: Any, event: machine.Event) -> None:
-    log.write(json.dumps({"event": type(event).__name__, **dataclasses.asdict(event)}) + "\n")
+def identify(params: Any, published: Any) -> int:
+    """Fingerprint of the trainer's parameters; where other processes hold parts of them, of what was published."""
+    is_here = all(leaf.is_fully_addressable for leaf in jax.tree.leaves(params))
+    return fingerprint(params if is_here else published)

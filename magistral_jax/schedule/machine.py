@@ -5,71 +5,18 @@ and a simulation run the same code. A group's id is its place in the endless ord
 requests `id · G … id · G + G − 1`, so that no request is ever ambiguous.
 
 Every dispatched sequence ends in exactly one counter: trained, filtered (zero variance), or dropped with a reason.
+
+An event costs O(G + S + log n), whatever number n of groups is on its way, S being the versions that these were
+dispatched under: the maps are persistent (a change shares all the rest with the state before), and what admission asks
+for is counted along. A batch costs O(n log n) once, to find its oldest groups; so does each group that is dispatched
+again after a stop.
 """
 
 import dataclasses
-import math
 from collections.abc import Mapping
-from typing import Any
+from typing import Literal, TypeVar, get_args
 
-from magistral_jax.schedule.config import ScheduleConfig
-
-
-@dataclasses.dataclass(frozen=True)
-class Rules:
-    """What stays the same over a run."""
-
-    group_size: int
-    batch_size: int
-    num_steps: int
-    num_async: int
-    max_ready: int
-    max_staleness: int
-    checkpoint_every: int
-    filter_zero_variance: bool
-
-    @classmethod
-    def of(cls, config: ScheduleConfig, *, group_size: int, batch_size: int, filter_zero_variance: bool) -> "Rules":
-        """Rules from configuration."""
-        return cls(
-            group_size=group_size,
-            batch_size=batch_size,
-            num_steps=config.num_steps,
-            num_async=config.num_async,
-            max_ready=int(config.ready_batches * batch_size),
-            max_staleness=config.max_staleness,
-            checkpoint_every=config.checkpoint_every,
-            filter_zero_variance=filter_zero_variance,
-        )
-
-
-@dataclasses.dataclass(frozen=True)
-class Pending:
-    """A group on its way: the version at its dispatch, which members ended, and the rewards so far, by member."""
-
-    version: int
-    rewards: Mapping[int, float]
-    ended: frozenset[int] = frozenset()
-
-
-@dataclasses.dataclass(frozen=True)
-class State:
-    """Everything that decides what happens next."""
-
-    next_group: int = 0
-    again: tuple[int, ...] = ()  # groups dispatched before a stop, to be dispatched again
-    pending: Mapping[int, Pending] = dataclasses.field(default_factory=dict)
-    ready: Mapping[int, int] = dataclasses.field(default_factory=dict)  # complete groups and their versions
-    training: tuple[int, ...] = ()  # groups of the batch in the trainer
-    num_done: int = 0  # batches trained, and so the version of the trainer's weights
-    is_stopping: bool = False
-    is_finished: bool = False
-    counts: Mapping[str, int] = dataclasses.field(default_factory=dict)  # sequences by how they ended
-
-    def outstanding(self) -> tuple[int, ...]:
-        """Groups dispatched and not yet ended, oldest first."""
-        return tuple(sorted({*self.again, *self.pending, *self.ready, *self.training}))
-
+from magistral_jax.schedule.state import Pending, Rules, State, from_saved, to_saved
 
 # ---- events: what happened ----
 
@@ -77,6 +24,25 @@ class State:
 @dataclasses.dataclass(frozen=True)
 class Started:
     """The generator holds weights; sampling may begin."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Resumed:
+    """The run stood still, whatever ended it, and goes on: what was on its way is dispatched again, whole groups."""
+
+
+@dataclasses.dataclass(frozen=True)
+class GeneratorJoined:
+    """A generator holds weights and takes requests."""
+
+    generator: int
+
+
+@dataclasses.dataclass(frozen=True)
+class GeneratorLost:
+    """A generator died. Its requests are still on their way: others, or its replacement, sample them anew."""
+
+    generator: int
 
 
 @dataclasses.dataclass(frozen=True)
@@ -104,7 +70,7 @@ class StopRequested:
     """The user, or a failed role, asks for an orderly end."""
 
 
-Event = Started | Generated | Verified | Trained | StopRequested
+Event = Started | Resumed | GeneratorJoined | GeneratorLost | Generated | Verified | Trained | StopRequested
 
 # ---- actions: what is to be done ----
 
@@ -167,83 +133,103 @@ def step(rules: Rules, state: State, event: Event) -> tuple[State, list[Action]]
     Raises:
       ValueError: The event speaks of something that is not on its way: a result lost its owner or came twice.
     """
-    if state.is_finished:
+    if state.is_finished and not isinstance(event, Resumed):
         return state, []
+    actions: list[Action] = []
     match event:
         case Started():
-            actions: list[Action] = []
+            pass
+        case Resumed():
+            state = from_saved(to_saved(state))
+        case GeneratorJoined(generator) | GeneratorLost(generator):
+            state = _count_generators(state, generator, joins=isinstance(event, GeneratorJoined))
         case Generated(request_id):
-            state, actions = _end_completion(rules, state, request_id)
+            return _end_completion(rules, state, request_id)  # admission counts what is graded
         case Verified(request_id, reward):
             state, actions = _grade(rules, state, request_id, reward)
         case Trained():
             state, actions = _finish_batch(rules, state)
         case StopRequested():
-            state, actions = dataclasses.replace(state, is_stopping=True), []
+            state = dataclasses.replace(state, is_stopping=True)
     for advance in (_end, _train, _dispatch):
         state, more = advance(rules, state)
         actions += more
     return state, actions
 
 
+Limit = Literal["num_async", "ready_batches", "max_staleness"]
+LIMITS: tuple[Limit, ...] = get_args(Limit)
+
+
+def limit(rules: Rules, state: State) -> Limit | None:
+    """The setting of `ScheduleConfig` that keeps the generators from more work; None where none does."""
+    if state.num_in_flight + rules.group_size > rules.num_async:
+        return "num_async"
+    if len(state.ready) * rules.group_size >= rules.max_ready:
+        return "ready_batches"
+    # A group dispatched now has its turn when all those before it are trained: that must not be too late.
+    num_before = len(state.pending) + len(state.ready)
+    if bool(state.training) + num_before * rules.group_size // rules.batch_size > rules.max_staleness:
+        return "max_staleness"
+    return None
+
+
 def is_at_bound(rules: Rules, state: State) -> bool:
     """Whether admission, and nothing else, keeps the generator from more work."""
-    is_crowded = _num_in_flight(rules, state) + rules.group_size > rules.num_async
-    return is_crowded or _is_full(rules, state) or _is_too_far_ahead(rules, state)
+    return limit(rules, state) is not None
 
 
-def to_saved(state: State) -> dict[str, Any]:
-    """Plain values to save: what is on its way is dispatched again later, whole groups, so none is lost or favoured."""
-    return {
-        "next_group": state.next_group,
-        "again": list(state.outstanding()),
-        "num_done": state.num_done,
-        "counts": dict(state.counts),
-    }
+def _count_generators(state: State, generator: int, *, joins: bool) -> State:
+    known = state.generators or frozenset()
+    if joins == (generator in known):
+        raise ValueError(f"generator {generator} {'joined twice' if joins else 'is lost, and was not there'}")
+    return dataclasses.replace(state, generators=known ^ {generator})
 
 
-def from_saved(saved: Mapping[str, Any]) -> State:
-    """The state in which a saved run goes on."""
-    return State(
-        next_group=saved["next_group"],
-        again=tuple(saved["again"]),
-        num_done=saved["num_done"],
-        counts=dict(saved["counts"]),
-    )
-
-
-def _member(rules: Rules, state: State, request_id: int) -> tuple[int, int]:
+def _member(rules: Rules, state: State, request_id: int) -> tuple[int, int, Pending]:
     group_id, member = divmod(request_id, rules.group_size)
-    if group_id not in state.pending or member in state.pending[group_id].rewards:
+    group = state.pending.get(group_id)
+    if group is None or member in group.rewards:
         raise ValueError(f"request {request_id} of group {group_id} is not on its way")
-    return group_id, member
+    return group_id, member, group
 
 
 def _end_completion(rules: Rules, state: State, request_id: int) -> tuple[State, list[Action]]:
-    group_id, member = _member(rules, state, request_id)
-    group = state.pending[group_id]
+    group_id, member, group = _member(rules, state, request_id)
     if member in group.ended:
         raise ValueError(f"request {request_id} of group {group_id} ended twice")
-    group = dataclasses.replace(group, ended=group.ended | {member})
-    return dataclasses.replace(state, pending={**state.pending, group_id: group}), [Verify(request_id)]
+    group = Pending(group.version, group.rewards, group.ended | {member})
+    return dataclasses.replace(state, pending=state.pending.set(group_id, group)), [Verify(request_id)]
 
 
 def _grade(rules: Rules, state: State, request_id: int, reward: float | None) -> tuple[State, list[Action]]:
-    group_id, member = _member(rules, state, request_id)
-    group = state.pending[group_id]
-    # A missing reward stands as NaN until the group is complete, and then ends the group; it is never a number.
-    rewards = {**group.rewards, member: float("nan") if reward is None else reward}
-    if len(rewards) < rules.group_size:
-        pending = {**state.pending, group_id: dataclasses.replace(group, rewards=rewards)}
-        return dataclasses.replace(state, pending=pending), []
-    rest = {g: p for g, p in state.pending.items() if g != group_id}
-    state = dataclasses.replace(state, pending=rest)
-    values = rewards.values()
-    if any(math.isnan(value) for value in values):
-        return _count(rules, state, "verifier_failed"), [Discard(group_id, "verifier_failed")]
-    if rules.filter_zero_variance and max(values) - min(values) < 1e-6:
-        return _count(rules, state, "zero_variance"), [Discard(group_id, "zero_variance")]
-    return dataclasses.replace(state, ready={**state.ready, group_id: group.version}), []
+    group_id, member, group = _member(rules, state, request_id)
+    rewards = {**group.rewards, member: reward}
+    is_complete = len(rewards) == rules.group_size
+    state = dataclasses.replace(
+        state,
+        num_in_flight=state.num_in_flight - 1,
+        pending=state.pending.delete(group_id)
+        if is_complete
+        else state.pending.set(group_id, Pending(group.version, rewards, group.ended)),
+    )
+    if not is_complete:
+        return state, []
+    known = [value for value in rewards.values() if value is not None]
+    if len(known) < rules.group_size:
+        return _discard(rules, state, group_id, group.version, "verifier_failed")
+    if rules.filter_zero_variance and max(known) - min(known) < 1e-6:
+        return _discard(rules, state, group_id, group.version, "zero_variance")
+    return dataclasses.replace(
+        state,
+        ready=state.ready.set(group_id, group.version),
+        num_ready_by_version=_plus(state.num_ready_by_version, group.version, 1),
+    ), []
+
+
+def _discard(rules: Rules, state: State, group_id: int, version: int, reason: str) -> tuple[State, list[Action]]:
+    state = dataclasses.replace(state, num_by_version=_plus(state.num_by_version, version, -1))
+    return _count(rules, state, reason), [Discard(group_id, reason)]
 
 
 def _finish_batch(rules: Rules, state: State) -> tuple[State, list[Action]]:
@@ -270,50 +256,73 @@ def _train(rules: Rules, state: State) -> tuple[State, list[Action]]:
     num_groups = rules.batch_size // rules.group_size
     if state.is_finished or state.training or len(state.ready) < num_groups:
         return state, []
-    batch = tuple(sorted(state.ready)[:num_groups])
-    rest = {group_id: version for group_id, version in state.ready.items() if group_id not in batch}
+    taken = _oldest(state.num_ready_by_version, num_groups)
+    left = _minus(state.num_by_version, taken)
     # Staleness is bounded by waiting for the slowest, not by throwing it away: no bias towards short completions.
-    left = sorted([*rest.items(), *((group_id, group.version) for group_id, group in state.pending.items())])
-    for place, (_, version) in enumerate(left):
-        if state.num_done + 1 + place // num_groups - version > rules.max_staleness:
-            return state, []  # it would be too stale when its turn comes, oldest first
-    return dataclasses.replace(state, ready=rest, training=batch), [Train(state.num_done, batch)]
+    place = 0
+    for version in sorted(left):
+        place += left[version]
+        if state.num_done + 1 + (place - 1) // num_groups - version > rules.max_staleness:
+            return state, []  # the last of this version would be too stale when its turn comes
+    batch = tuple(sorted(state.ready, key=lambda group_id: (state.ready[group_id], group_id))[:num_groups])
+    ready = state.ready
+    for group_id in batch:
+        ready = ready.delete(group_id)
+    state = dataclasses.replace(
+        state,
+        ready=ready,
+        training=batch,
+        num_by_version=left,
+        num_ready_by_version=_minus(state.num_ready_by_version, taken),
+    )
+    return state, [Train(state.num_done, batch)]
+
+
+def _oldest(num_by_version: Mapping[int, int], num_groups: int) -> dict[int, int]:
+    """How many groups of each version are among the oldest `num_groups`."""
+    taken: dict[int, int] = {}
+    for version in sorted(num_by_version):
+        taken[version] = min(num_by_version[version], num_groups)
+        num_groups -= taken[version]
+        if not num_groups:
+            break
+    return taken
 
 
 def _dispatch(rules: Rules, state: State) -> tuple[State, list[Action]]:
     actions: list[Action] = []
-    while not state.is_finished and not state.is_stopping and not is_at_bound(rules, state):
-        again = state.again
-        group_id = again[0] if again else state.next_group
-        pending = {**state.pending, group_id: Pending(state.num_done, {})}
+    is_open = not (state.is_finished or state.is_stopping or state.generators == frozenset())
+    while is_open and limit(rules, state) is None:
+        is_again = state.num_again < len(state.again)
+        group_id = state.again[state.num_again] if is_again else state.next_group
+        version = state.oldest_after(group_id) if is_again else state.num_done
         state = dataclasses.replace(
             state,
-            again=again[1:],
-            pending=pending,
-            next_group=state.next_group if again else state.next_group + 1,
-            counts=state.counts if again else _plus(state.counts, "dispatched", rules.group_size),
+            num_again=state.num_again + is_again,
+            pending=state.pending.set(group_id, Pending(version, {})),
+            num_in_flight=state.num_in_flight + rules.group_size,
+            num_by_version=_plus(state.num_by_version, version, 1),
+            next_group=state.next_group + (not is_again),
+            counts=state.counts if is_again else _plus(state.counts, "dispatched", rules.group_size),
         )
         actions.append(Dispatch(group_id))
     return state, actions
-
-
-def _num_in_flight(rules: Rules, state: State) -> int:
-    return sum(rules.group_size - len(group.rewards) for group in state.pending.values())
-
-
-def _is_full(rules: Rules, state: State) -> bool:
-    return len(state.ready) * rules.group_size >= rules.max_ready
-
-
-def _is_too_far_ahead(rules: Rules, state: State) -> bool:
-    # A group dispatched now has its turn when all those before it are trained: that must not be too late.
-    num_before = len(state.pending) + len(state.ready)
-    return bool(state.training) + num_before * rules.group_size // rules.batch_size > rules.max_staleness
 
 
 def _count(rules: Rules, state: State, how: str, num_groups: int = 1) -> State:
     return dataclasses.replace(state, counts=_plus(state.counts, how, num_groups * rules.group_size))
 
 
-def _plus(counts: Mapping[str, int], name: str, amount: int) -> dict[str, int]:
-    return {**counts, name: counts.get(name, 0) + amount}
+_Key = TypeVar("_Key")
+
+
+def _plus(counts: Mapping[_Key, int], name: _Key, amount: int) -> dict[_Key, int]:
+    """Counts with one of them changed; a count of 0 has no entry."""
+    counts = {**counts, name: counts.get(name, 0) + amount}
+    if not counts[name]:
+        del counts[name]
+    return counts
+
+
+def _minus(counts: Mapping[_Key, int], taken: Mapping[_Key, int]) -> dict[_Key, int]:
+    return {name: count - taken.get(name, 0) for name, count in counts.items() if count > taken.get(name, 0)}

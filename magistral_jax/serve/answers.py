@@ -93,19 +93,21 @@ def _completion_logprobs(tokens: Sequence[Token], num_top: int, tokenizer: Token
     return {
         "tokens": [label(token.id, tokenizer) for token in tokens],
         "token_logprobs": [token.logprob for token in tokens],
-        "top_logprobs": [_best_of(token, tokenizer) for token in tokens] if num_top else None,
+        "top_logprobs": [_best_of(token, num_top, tokenizer) for token in tokens] if num_top else None,
         "text_offset": [token.offset for token in tokens],
     }
 
 
-def _best_of(token: Token, tokenizer: Tokenizer) -> dict[str, float | None] | None:
-    """Log-probs by text of the most probable token, where it is known, and of the one that stands there."""
+def _best_of(token: Token, num_top: int, tokenizer: Tokenizer) -> dict[str, float | None] | None:
+    """Log-probs by text of the most probable tokens, where they are known, and of the one that stands there."""
     if token.logprob is None:
         return None
-    best = {} if token.best is None else {label(token.best[0], tokenizer): token.best[1]}
-    if token.best is None or token.best[0] != token.id:
-        name = label(token.id, tokenizer)
-        best[f"token_id:{token.id}" if name in best else name] = token.logprob  # two tokens may have one text
+    wanted = dict(token.best[:num_top])
+    wanted.setdefault(token.id, token.logprob)
+    best: dict[str, float | None] = {}
+    for which, logprob in wanted.items():
+        name = label(which, tokenizer)
+        best[f"token_id:{which}" if name in best else name] = logprob  # two tokens may have one text
     return best
 
 
@@ -124,14 +126,21 @@ def _chat_delta(piece: Piece, logprobs: dict[str, Any] | None) -> dict[str, Any]
 
 
 def _chat_logprobs(tokens: Sequence[Token], num_top: int, tokenizer: Tokenizer) -> dict[str, Any]:
-    entries = []
-    for token in tokens:
-        name = label(token.id, tokenizer)
-        entry = {"token": name, "logprob": token.logprob, "bytes": None}
-        if name != f"token_id:{token.id}":
-            entry["bytes"] = list(name.encode())
-        entries.append(entry | {"top_logprobs": [entry] if num_top else []})
-    return {"content": entries}
+    def entry(which: int, logprob: float | None) -> dict[str, Any]:
+        name = label(which, tokenizer)
+        return {
+            "token": name,
+            "logprob": logprob,
+            "bytes": None if name == f"token_id:{which}" else list(name.encode()),
+        }
+
+    best = lambda token: token.best[:num_top] or ((token.id, token.logprob),)[:num_top]
+    return {
+        "content": [
+            entry(token.id, token.logprob) | {"top_logprobs": [entry(*place) for place in best(token)]}
+            for token in tokens
+        ]
+    }
 
 
 CHAT = Shape(

@@ -105,7 +105,7 @@ class CompletionBody(SamplingBody):
         description="a text, token ids, or a list of texts or of lists of token ids"
     )
     max_tokens: int = Field(16, ge=0, description="a whole number of at least 0")
-    logprobs: int | None = Field(None, ge=0, le=1, description="0 or 1; more alternatives are not reported")
+    logprobs: int | None = Field(None, ge=0, le=20, description="a whole number from 0 to 20")
     echo: bool = Field(False, description="true or false")
     add_special_tokens: bool = Field(True, description="true or false")
 
@@ -121,7 +121,7 @@ class ChatBody(SamplingBody):
     max_tokens: Count | None = Field(None, description="a whole number of at least 1")
     max_completion_tokens: Count | None = Field(None, description="a whole number of at least 1")
     logprobs: bool = Field(False, description="true or false")
-    top_logprobs: int = Field(0, ge=0, le=1, description="0 or 1; more alternatives are not reported")
+    top_logprobs: int = Field(0, ge=0, le=20, description="a whole number from 0 to 20")
 
 
 async def read_body(request: Request, max_bytes: int) -> bytes:

@@ -20,14 +20,15 @@ Finish = Literal["stop", "length"]
 class Token:
     """A token of a prompt (`version` is None) or of a completion.
 
-    `logprob` is None where nothing comes before it, nobody asked, or the weights gave no number; `best` is the most
-    probable token in its place, known of prompts. `offset` counts characters from the beginning of the choice's text.
+    `logprob` is None where nothing comes before it, nobody asked, or the weights gave no number; `best` are the most
+    probable tokens in its place, as far as they are known. `offset` counts characters from the beginning of the
+    choice's text.
     """
 
     id: int
     offset: int
     logprob: float | None
-    best: tuple[int, float | None] | None = None
+    best: tuple[tuple[int, float | None], ...] = ()
     version: int | None = None
 
 
@@ -81,7 +82,9 @@ class Choice:
             zip(delta.tokens, delta.logprobs, delta.versions, strict=True)
         ):
             is_last = index == len(delta.tokens) - 1
-            tokens.append(Token(token, self._offset, as_number(logprob), version=version))
+            places = delta.alternatives[index] if delta.alternatives else []
+            best = tuple((other, as_number(its_logprob)) for other, its_logprob in places)
+            tokens.append(Token(token, self._offset, as_number(logprob), best, version))
             # The stop token has no text of its own; a completion that was cut shows what its last character lacks.
             fresh = "" if is_last and delta.finish == "stop" else self._text.push(token)
             if is_last and delta.finish is not None:
@@ -110,10 +113,10 @@ def echo(
     """
     stream, offset, tokens = TextStream(tokenizer), 0, []
     for index, token in enumerate(token_ids.tolist()):
-        logprob = best = None
+        logprob, best = None, ()
         if score is not None and index > 0:
             logprob = as_number(float(score.logprob[index - 1]))
-            best = (int(score.best_token[index - 1]), as_number(float(score.best_logprob[index - 1])))
+            best = ((int(score.best_token[index - 1]), as_number(float(score.best_logprob[index - 1]))),)
         tokens.append(Token(token, offset, logprob, best))
         offset += len(stream.push(token)) if index >= num_added else 0
     return Piece(text, tokens)

@@ -15,8 +15,13 @@ class ServeConfig:
     """Name of the model for clients; empty takes the name of the folder `policy.path`."""
     max_pending: int = 256
     """Completions that may wait for a slot; a request beyond that is answered with 429."""
+    max_connections: int = 1024
+    """Connections that are answered at one time; requests on others get 503, whatever they ask for."""
     max_choices: int = 128
     """Completions of one request: its prompts times `n`."""
+    max_top_logprobs: int = 1
+    """Most `top_logprobs` (`logprobs` of completions) that may be asked for. Above 1 each decode step looks for that
+    many most probable tokens, whether somebody asks or not; up to 1 only the sampled token's log-prob is known."""
     max_body_mib: int = 8
     """Size of a request's body in MiB."""
     drain_seconds: float = 30.0

@@ -13,7 +13,7 @@ import numpy as np
 from jaxtyping import Int32
 
 from magistral_jax.generate.batching import ContinuousBatcher, GenerationRequest
-from magistral_jax.generate.sequences import Sequence
+from magistral_jax.generate.sequences import Alternatives, Sequence
 from magistral_jax.records import Rollout
 from magistral_jax.serve.scoring import PromptScore, PromptScorer
 
@@ -27,6 +27,8 @@ class Delta:
     logprobs: list[float]
     versions: list[int]
     finish: Literal["stop", "length"] | None = None
+    alternatives: list[Alternatives] = dataclasses.field(default_factory=list)
+    """One for each token, or none at all where the engine does not look for them."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -162,7 +164,9 @@ class EngineThread:
         rollouts = self._batcher.step()
         scores = self._scorer.advance(self._batcher.params)
         self._num_steps += 1
-        deltas = [self._finish(rollout) for rollout in rollouts]
+        deltas = [
+            self._finish(sequence, rollout) for sequence, rollout in zip(self._batcher.ended, rollouts, strict=True)
+        ]
         for sequence in self._batcher.running():
             if delta := self._continue(sequence):
                 deltas.append(delta)
@@ -175,17 +179,11 @@ class EngineThread:
         if count == start:
             return None
         self._num_sent[request_id] = count
-        return Delta(request_id, sequence.tokens[start:], sequence.logprobs[start:], sequence.versions[start:])
+        return _delta(sequence, start)
 
-    def _finish(self, rollout: Rollout) -> Delta:
+    def _finish(self, sequence: Sequence, rollout: Rollout) -> Delta:
         start = self._num_sent.pop(rollout.request_id, 0)
-        return Delta(
-            rollout.request_id,
-            rollout.completion_ids[start:].tolist(),
-            rollout.behavior_logprob[start:].tolist(),
-            rollout.weight_version[start:].tolist(),
-            "length" if rollout.truncated else "stop",
-        )
+        return dataclasses.replace(_delta(sequence, start), finish="length" if rollout.truncated else "stop")
 
     def _read_stats(self) -> EngineStats:
         batcher = self._batcher
@@ -205,3 +203,9 @@ class EngineThread:
             num_preempted=batcher.num_preempted,
             num_swaps=batcher.num_swaps,
         )
+
+
+def _delta(sequence: Sequence, start: int) -> Delta:
+    tokens, logprobs, versions = sequence.tokens[start:], sequence.logprobs[start:], sequence.versions[start:]
+    alternatives = sequence.alternatives[start:]
+    return Delta(sequence.request.request_id, tokens, logprobs, versions, alternatives=alternatives)

@@ -23,6 +23,7 @@ class Limits:
     max_choices: int
     max_body_bytes: int
     vocab_size: int
+    max_top_logprobs: int
 
 
 @dataclasses.dataclass(frozen=True)
@@ -67,6 +68,7 @@ def order_completion(body: CompletionBody, tokenizer: Tokenizer, limits: Limits)
         raise _too_many(len(many), body.n, limits)
     if body.max_tokens == 0 and not (body.echo and body.n == 1):
         raise bad_request("`max_tokens` is 0, which goes with `echo` and `n` 1 only.", param="max_tokens")
+    _check_top("logprobs", body.logprobs or 0, limits)
     bos = [tokenizer.bos_id] if body.add_special_tokens and tokenizer.bos_id is not None else []
     is_text = isinstance(many[0], str)
     prompts = [
@@ -104,6 +106,7 @@ def order_chat(body: ChatBody, tokenizer: Tokenizer, limits: Limits, think_tags:
         raise _too_many(1, body.n, limits)
     if body.top_logprobs and not body.logprobs:
         raise bad_request("`top_logprobs` needs `logprobs` to be true.", param="top_logprobs")
+    _check_top("top_logprobs", body.top_logprobs, limits)
     messages = [
         {"role": "system" if message.role == "developer" else message.role, "content": message.text}
         for message in body.messages
@@ -139,6 +142,14 @@ def _order(body: SamplingBody, prompts: list[np.ndarray], max_tokens: int, limit
         is_streamed=body.stream,
         with_usage=body.stream_options.include_usage,
     )
+
+
+def _check_top(name: str, wanted: int, limits: Limits) -> None:
+    if wanted > limits.max_top_logprobs:
+        raise bad_request(
+            f"`{name}` is {wanted}; this service reports at most {limits.max_top_logprobs} (`serve.max_top_logprobs`).",
+            param=name,
+        )
 
 
 def random_id(seed: int | None, index: int) -> int:

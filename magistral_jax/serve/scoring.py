@@ -17,8 +17,8 @@ from jaxtyping import Array, Float, Float32, Int, Int32
 
 from magistral_jax.generate.config import GenerationConfig
 from magistral_jax.generate.engine import init_state
-from magistral_jax.policy.attention import LayerPages, PagedCache
 from magistral_jax.policy.config import ModelConfig
+from magistral_jax.policy.pages import ONE_DEVICE, PagedCache, PageReader, Pages
 from magistral_jax.policy.transformer import forward, logits
 from magistral_jax.pytrees import pytree_dataclass
 
@@ -56,7 +56,7 @@ class _Prompt:
 class PromptScorer:
     """Prompts to score, in order. Not thread-safe: it belongs to the thread of the engine."""
 
-    def __init__(self, model: ModelConfig, config: GenerationConfig) -> None:
+    def __init__(self, model: ModelConfig, config: GenerationConfig, reader: PageReader = ONE_DEVICE) -> None:
         self._model = model
         widest = -(-config.prefill_chunk // _LOGITS_AT_ONCE) * _LOGITS_AT_ONCE
         self._widths = sorted({_LOGITS_AT_ONCE, widest})
@@ -66,6 +66,7 @@ class PromptScorer:
             num_pages=-(-config.max_prompt_tokens // config.page_size),
             page_size=config.page_size,
             dtype=jnp.dtype(config.kv_dtype),
+            reader=reader,
         ).layers
         self._waiting: collections.deque[_Prompt] = collections.deque()
         self.num_scored = 0
@@ -138,12 +139,12 @@ def _collect(prompt: _Prompt) -> PromptScore:
 def score_chunk(
     params: dict[str, Any],
     config: ModelConfig,
-    layers: tuple[LayerPages, ...],
+    layers: tuple[Pages, ...],
     tokens: Int[Array, " T"],
     targets: Int[Array, " T"],
     start: Int[Array, ""],
     length: Int[Array, ""],
-) -> tuple[tuple[LayerPages, ...], ChunkScore]:
+) -> tuple[tuple[Pages, ...], ChunkScore]:
     """Score `targets[t]`, the token that follows `tokens[t]`; what lies before `start` has been read.
 
     Args:
@@ -159,7 +160,7 @@ def score_chunk(
       The pages, and the scores; those of padding mean nothing.
     """
     offsets = jnp.arange(tokens.shape[0], dtype=jnp.int32)
-    cache = PagedCache(layers, jnp.arange(layers[0].keys.shape[0], dtype=jnp.int32)[None])
+    cache = PagedCache(layers, jnp.arange(layers[0].num_pages, dtype=jnp.int32)[None])
     is_live = (offsets < length).astype(jnp.int32)
     dtype = params["embed"]["embedding"].dtype
     hidden, cache = forward(params, config, tokens[None], (start + offsets)[None], is_live[None], cache, dtype=dtype)

@@ -46,15 +46,28 @@ class Server(uvicorn.Server):
       app: The application.
       engine: Its engine.
       drain_seconds: How long it waits for them, if no second Ctrl-C comes before.
+      max_connections: Open connections beyond which a request is answered with 503.
       say: Called with a line for the person at the console.
       ready: What to say once it listens.
     """
 
     def __init__(
-        self, app: Starlette, engine: AsyncEngine, *, drain_seconds: float, say: Callable[[str], None], ready: str
+        self,
+        app: Starlette,
+        engine: AsyncEngine,
+        *,
+        drain_seconds: float,
+        max_connections: int,
+        say: Callable[[str], None],
+        ready: str,
     ) -> None:
         settings = uvicorn.Config(
-            app, log_config=None, access_log=False, server_header=False, timeout_graceful_shutdown=_GRACE
+            app,
+            log_config=None,
+            access_log=False,
+            server_header=False,
+            timeout_graceful_shutdown=_GRACE,
+            limit_concurrency=max_connections + 1,  # uvicorn refuses the one that reaches its limit
         )
         super().__init__(settings)
         self._engine, self._drain_seconds, self._say = engine, drain_seconds, say

@@ -14,6 +14,7 @@ from jaxtyping import Float32, Int32
 
 from magistral_jax.pytrees import Batch
 from magistral_jax.records import MagistralError
+from magistral_jax.train.balance import ONE_RANK, Ranks, deal
 
 
 @dataclasses.dataclass(frozen=True)
@@ -59,6 +60,7 @@ def collate(
     row_tokens: int,
     rows_per_microbatch: int,
     normalization: Literal["token", "sequence"] = "token",
+    ranks: Ranks = ONE_RANK,
 ) -> Batch:
     """Pack a minibatch.
 
@@ -68,6 +70,7 @@ def collate(
       rows_per_microbatch: B; the number of microbatches M is rounded up to a power of two with empty ones, which the
         train step never computes, so that few shapes are ever compiled.
       normalization: "token" weighs every completion token alike; "sequence" gives every completion the same total.
+      ranks: Who shares the rows of a microbatch; rows are dealt to them for equal work.
 
     Raises:
       MagistralError: A sequence is longer than a row.
@@ -80,13 +83,16 @@ def collate(
     rows = pack([len(s) for s in sequences], row_tokens)
     needed = -(-len(rows) // rows_per_microbatch)
     num_microbatches = 1 << max(needed - 1, 0).bit_length()
+    rows += [[] for _ in range(num_microbatches * rows_per_microbatch - len(rows))]
+    costs = np.array([ranks.cost([len(sequences[i]) for i in row]) for row in rows])
+    order = deal(costs, rows_per_microbatch, ranks.count)
     shape = (num_microbatches * rows_per_microbatch, row_tokens)
     integers = {n: np.zeros(shape, np.int32) for n in ("tokens", "positions", "segment_ids", "staleness")}
     floats = {n: np.zeros(shape, np.float32) for n in ("behavior_logprob", "advantage", "loss_weight")}
     loss_mask = np.zeros(shape, bool)
-    for row, members in enumerate(rows):
+    for row, source in enumerate(order):
         start = 0
-        for segment, index in enumerate(members, start=1):
+        for segment, index in enumerate(rows[source], start=1):
             s = sequences[index]
             middle, end = start + len(s.prompt_ids), start + len(s)
             integers["tokens"][row, start:end] = np.concatenate([s.prompt_ids, s.completion_ids])

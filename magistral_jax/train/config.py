@@ -44,6 +44,11 @@ class OptimizerConfig:
     """Decoupled weight decay per unit step size, on matrices only."""
     clip_norm: float = 1.0
     """Largest global gradient norm; 0 is off."""
+    param_dtype: Literal["float32", "bfloat16"] = "float32"
+    """Precision of the trained parameters. bfloat16 takes half the memory; updates are then rounded stochastically, so
+    that small ones are not lost, and gradients still add up in float32."""
+    moment_dtype: Literal["float32", "bfloat16"] = "float32"
+    """Precision of the two moments; bfloat16 ones are rounded stochastically too."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -78,3 +83,13 @@ class SftConfig:
     """Share of the hasty guesses that are right."""
     checkpoint_every: int = 200
     """Gradient steps between checkpoints; 0 is only at the end and on Ctrl-C."""
+    general: str = ""
+    """JSONL of other instructions (`problem`, `completion`) that are mixed into the traces, without a system prompt."""
+    general_share: float = 0.1
+    """Their share of all traces."""
+    validation_share: float = 0.0
+    """Share of the problems whose traces are held out; the weights of the lowest loss on them are the result."""
+    validate_every: int = 100
+    """Gradient steps between two measurements of that loss."""
+    patience: int = 0
+    """Measurements without a new lowest loss after which fine-tuning ends; 0 goes on."""

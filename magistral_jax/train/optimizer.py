@@ -3,10 +3,12 @@
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import optax
 from jaxtyping import Array, Float
 
 from magistral_jax.train.config import OptimizerConfig
+from magistral_jax.train.precision import stored_in
 
 
 def learning_rate_schedule(config: OptimizerConfig, num_updates: int) -> optax.Schedule:
@@ -25,8 +27,8 @@ def learning_rate_schedule(config: OptimizerConfig, num_updates: int) -> optax.S
 
 def make_optimizer(config: OptimizerConfig, num_updates: int) -> optax.GradientTransformation:
     """The optimizer of a run of `num_updates` gradient steps. Only matrices decay, never norms and biases."""
-    is_matrix = lambda path, _: path[-1].key in ("kernel", "embedding")
-    return optax.chain(
+    is_matrix = lambda path, _: path[-1].key in ("kernel", "embedding", "down", "up")
+    optimizer = optax.chain(
         optax.clip_by_global_norm(config.clip_norm) if config.clip_norm else optax.identity(),
         optax.adamw(
             learning_rate_schedule(config, num_updates),
@@ -37,6 +39,9 @@ def make_optimizer(config: OptimizerConfig, num_updates: int) -> optax.GradientT
             mask=lambda params: jax.tree_util.tree_map_with_path(is_matrix, params),
         ),
     )
+    if config.param_dtype == config.moment_dtype == "float32":
+        return optimizer
+    return stored_in(optimizer, jnp.dtype(config.moment_dtype))
 
 
 def apply_gradients(

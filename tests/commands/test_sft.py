@@ -3,6 +3,7 @@
 import json
 import os
 import pathlib
+import re
 import shutil
 import signal
 import threading
@@ -128,4 +129,28 @@ def test_a_trace_that_fits_in_no_row_is_named_before_the_folder_is_a_run(
 def test_no_traces_and_no_problems_is_said(tmp_path: pathlib.Path, refusal: Callable[..., str]):
     sentence = refusal("sft", SETTINGS | {"run.folder": tmp_path / "run", "data.train": ""})
     assert "Neither `sft.traces` nor `data.train` is given" in sentence
+    assert not (tmp_path / "run").exists()
+
+
+def test_on_a_mesh_it_is_what_it_is_on_one_device(tiny: Any, tmp_path: pathlib.Path):
+    settings = SETTINGS | {"sft.num_updates": 10, "sft.validation_share": 0.2, "sft.validate_every": 5}
+    found, policies = [], []
+    for name, mesh in {"one": {}, "four": {"mesh.fsdp": 2, "mesh.sequence": 2}}.items():
+        tiny.run("sft", settings | mesh | {"run.folder": tmp_path / name})
+        found.append(list(read_json_lines(tmp_path / name / "metrics.jsonl")))
+        policies.append(load_params(tmp_path / name / "policy", tiny.config))
+    for one, four in zip(*found, strict=True):
+        for metric in ("loss", "entropy", "grad_norm", "validation_loss"):
+            assert four[metric] == pytest.approx(one[metric], rel=1e-3)
+    # Ten Adam updates of 0.01: where a gradient is nearly 0 its sign, and so a step, is a matter of rounding.
+    gaps = jax.tree.map(lambda a, b: np.abs(a - b).mean(), *policies)
+    assert max(jax.tree.leaves(gaps)) < 1e-3
+    # The state was cut, not copied: Orbax notes how each array lay when it was saved.
+    noted = (tmp_path / "four" / "checkpoints" / "10" / "state" / "_sharding").read_text()
+    assert re.search(r'partition_spec[^}]*"fsdp', noted)
+
+
+def test_several_processes_are_refused(tmp_path: pathlib.Path, refusal: Callable[..., str]):
+    settings = {"run.folder": tmp_path / "run", "distributed.coordinator": "127.0.0.1:1234"}
+    assert "`sft` runs in one process" in refusal("sft", SETTINGS | settings)
     assert not (tmp_path / "run").exists()

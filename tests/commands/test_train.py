@@ -1,11 +1,13 @@
 """The main job from the command line: what a run leaves behind, that it adds up, and that it goes on after a stop."""
 
 import collections
+import contextlib
 import json
 import os
 import pathlib
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import threading
@@ -26,6 +28,7 @@ from magistral_jax.data.tokenizer import ByteTokenizer, load_tokenizer
 from magistral_jax.metrics import read_json_lines
 from magistral_jax.policy.hf_folder import load_params, read_model_config
 from magistral_jax.records import Verdict
+from magistral_jax.schedule.event_log import LOG_FILE, read_log, to_line
 from magistral_jax.train.config import OptimizerConfig
 from magistral_jax.train.optimizer import make_optimizer
 from magistral_jax.train.step import init_state
@@ -38,7 +41,9 @@ def lines(folder: pathlib.Path, name: str) -> list[dict[str, Any]]:
 
 
 def events(folder: pathlib.Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in (folder / "events.jsonl").read_text().splitlines()]
+    """The event log, without what only explains."""
+    log = [json.loads(to_line(seconds, record)) for seconds, record in read_log(folder / LOG_FILE)]
+    return [event for event in log if event["event"] not in ("Session", "Took", "Holds", "Noted")]
 
 
 def summary(folder: pathlib.Path) -> dict[str, Any]:
@@ -95,9 +100,9 @@ def test_every_dispatched_sequence_is_accounted_for(finished_run: pathlib.Path):
 
 def test_every_event_happens_once_and_in_order(finished_run: pathlib.Path):
     log = events(finished_run)
-    assert log[0] == {"event": "Started"}
+    assert log[0]["event"] == "Started"
     assert sum(event["event"] == "Trained" for event in log) == STEPS
-    assert log[-1] == {"event": "Trained"}
+    assert (log[-1]["event"], log[-1]["step"]) == ("Trained", STEPS)
     generated = [event["request_id"] for event in log if event["event"] == "Generated"]
     verified = [event["request_id"] for event in log if event["event"] == "Verified"]
     assert len(set(generated)) == len(generated)
@@ -106,7 +111,7 @@ def test_every_event_happens_once_and_in_order(finished_run: pathlib.Path):
     place = {request_id: i for i, request_id in enumerate(generated)}
     assert all(place[request_id] < len(generated) for request_id in verified)
     # The rewards are those of the format and of a right answer, nothing in between.
-    assert {round(event["reward"], 6) for event in log if event["event"] == "Verified"} == {0.1, 1.0}
+    assert {round(sum(event["parts"]), 6) for event in log if event["event"] == "Verified"} == {0.1, 1.0}
 
 
 def test_versions_and_staleness_are_sane(finished_run: pathlib.Path):
@@ -183,12 +188,17 @@ def test_no_training_problem_is_an_evaluation_problem(finished_run: pathlib.Path
 
 def interrupt_when(is_time: Callable[[], bool]) -> threading.Thread:
     """Sends this process a Ctrl-C once; the caller's run must have taken the signal over by then."""
+    return call_when(is_time, lambda: os.kill(os.getpid(), signal.SIGINT))
+
+
+def call_when(is_time: Callable[[], bool], action: Callable[[], Any]) -> threading.Thread:
+    """Does something once, beside the caller's run."""
 
     def watch() -> None:
         end = time.monotonic() + 300
         while not is_time() and time.monotonic() < end:
             time.sleep(0.01)
-        os.kill(os.getpid(), signal.SIGINT)
+        action()
 
     thread = threading.Thread(target=watch)
     thread.start()
@@ -210,7 +220,7 @@ def test_ctrl_c_saves_and_resume_goes_on(tiny: Any, tmp_path: pathlib.Path, caps
     step, _, schedule = restored(folder, tiny.model())
     assert step == schedule["num_done"] == stopped_at
     ended = sum(count for how, count in schedule["counts"].items() if how != "dispatched")
-    assert schedule["counts"]["dispatched"] == ended + GROUP * len(schedule["again"])
+    assert schedule["counts"]["dispatched"] == ended + GROUP * len(schedule["again"] + schedule["ready"])
 
     before = (folder / "metrics.jsonl").read_bytes()
     tiny.run("train", settings | {"schedule.num_steps": stopped_at + 2}, "--resume")
@@ -227,7 +237,7 @@ def test_ctrl_c_saves_and_resume_goes_on(tiny: Any, tmp_path: pathlib.Path, caps
     assert found["dispatched"] == found["trained"] + sum(found["dropped"].values())
     # What was on its way at the stop comes first, before anything new.
     log = events(folder)
-    (restart,) = [i for i, event in enumerate(log) if event["event"] == "Started"][1:]
+    (restart,) = [i for i, event in enumerate(log) if event["event"] == "Resumed"]
     sent_again = {event["request_id"] // GROUP for event in log[restart:] if event["event"] == "Verified"}
     assert set(schedule["again"][:1]) <= sent_again
     assert not any(
@@ -343,6 +353,68 @@ def test_generators_may_be_processes_and_threads_again_after_a_resume(tiny: Any,
     assert (folder / "generator_0.log").exists()
     tiny.run("train", small | {"schedule.num_steps": 2}, "--resume")
     assert [line["step"] for line in lines(folder, "metrics.jsonl")] == [1, 2]
+
+
+class Joining:
+    """Starts `magistral-jax generator` as soon as a trainer listens at a port of its own."""
+
+    def __init__(self, log: pathlib.Path) -> None:
+        with socket.create_server(("127.0.0.1", 0)) as free:
+            self.address = f"127.0.0.1:{free.getsockname()[1]}"
+        self._log = log
+        self.process: subprocess.Popen[bytes] | None = None
+        self._thread = threading.Thread(target=self._join, daemon=True)
+        self._thread.start()
+
+    def _join(self) -> None:
+        host, port = self.address.split(":")
+        end = time.monotonic() + 240.0
+        while time.monotonic() < end:
+            with contextlib.suppress(OSError), socket.create_connection((host, int(port))):
+                break
+            time.sleep(0.1)
+        program = "from magistral_jax.main import main; main()"
+        command = [sys.executable, "-c", program, "generator", self.address]
+        with self._log.open("wb") as output:
+            self.process = subprocess.Popen(command, env={**os.environ, **CACHE}, stderr=output)
+
+    def wait(self) -> int:
+        """Its exit code."""
+        self._thread.join()
+        assert self.process is not None
+        try:
+            return self.process.wait(60.0)
+        finally:
+            self.process.kill()
+
+
+def test_a_generator_that_joins_samples_and_when_it_is_gone_the_run_ends_with_a_checkpoint(
+    tiny: Any, tmp_path: pathlib.Path, capsys: pytest.CaptureFixture[str]
+):
+    folder, joining = tmp_path / "run", Joining(tmp_path / "first.log")
+    small = {"run.folder": folder, "evaluation.num_samples": 1, "data.num_evaluation": 1, "generation.where": "remote"}
+    small |= {"schedule.role_deadline": 15.0}
+    end_of_it = lambda: joining.process is not None and joining.process.kill()
+    killer = call_when(lambda: len(lines(folder, "metrics.jsonl")) >= 2, end_of_it)
+    with pytest.raises(SystemExit) as exit_:
+        tiny.run("train", small | {"generation.listen": joining.address, "schedule.num_steps": 1000})
+    killer.join()
+    assert joining.wait() == -signal.SIGKILL
+    assert exit_.value.code == 2
+    said = capsys.readouterr().err.splitlines()
+    assert f"waiting for generators: magistral-jax generator {joining.address}" in said
+    assert "weights go to the generators by tcp (generation.plane = auto)" in said
+    assert said[-1].startswith(f"error: The generator failed: No generator has joined at {joining.address} for 15 s")
+    stopped_at = len(lines(folder, "metrics.jsonl"))
+    assert restored(folder, tiny.model())[0] == stopped_at >= 2
+    assert all(line["logprob_gap"] < 1e-4 for line in lines(folder, "metrics.jsonl")[:1])
+
+    again = Joining(tmp_path / "second.log")
+    settings = small | {"generation.listen": again.address, "schedule.num_steps": stopped_at + 1}
+    tiny.run("train", settings, "--resume")
+    assert again.wait() == 0
+    assert (tmp_path / "second.log").read_text().endswith(f"joined the run of {again.address}\nthe run is over\n")
+    assert [line["step"] for line in lines(folder, "metrics.jsonl")] == list(range(1, stopped_at + 2))
 
 
 # --- ablations -------------------------------------------------------------------------------------------------------

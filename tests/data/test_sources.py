@@ -7,10 +7,9 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet
 import pytest
-from hypothesis import given, settings
-from hypothesis import strategies as st
 
-from magistral_jax.data.sources import held_out, load_problems
+from magistral_jax.data.rows import SOURCES
+from magistral_jax.data.sources import load_problems
 from magistral_jax.records import Problem
 
 ROWS = [
@@ -117,13 +116,13 @@ def test_bytes_that_are_no_text_are_named_with_their_line(tmp_path: pathlib.Path
 def test_two_rows_of_one_id_are_named(tmp_path: pathlib.Path, refuses: Any):
     row = {"problem": "x", "answer": "y", "id": "same"}
     source = write_jsonl(tmp_path / "m.jsonl", [row, row])
-    with refuses(f"{source}: rows 1 and 2 have the same id 'same'"):
+    with refuses(f"{source}, line 2: has the id 'same', and so has {source}, line 1"):
         load_problems(source, 0, 0)
 
 
 def test_files_that_cannot_be_read_are_named(tmp_path: pathlib.Path, refuses: Any):
     path = tmp_path / "none.jsonl"
-    with refuses(f"{path}: no such file; a source is a .jsonl file, a .parquet file or reasoning-gym:NAME?key=value&…"):
+    with refuses(f"{path}: no such file; a source is {SOURCES}"):
         load_problems(str(path), 0, 0)
     path.write_text("\n\n")
     with refuses(f"{path}: the file has no rows"):
@@ -197,29 +196,107 @@ def test_a_generator_that_does_not_exist_or_fit_is_named(source: str, num: int, 
         load_problems(f"reasoning-gym:{source}", num, 0)
 
 
-# --- disjointness ----------------------------------------------------------------------------------------------------
+# --- bad rows that are dropped ----------------------------------------------------------------------------------------
 
 
-def test_evaluation_problems_leave_the_training_set():
-    train = [Problem("1", "What is  2+2?", "4"), Problem("2", "What is 2+3?", "5")]
-    evaluation = [Problem("e", "what is 2+2?\n", "4")]
-    assert held_out(train, evaluation) == ([train[1]], 1)
-    assert held_out(train, []) == (train, 0)
+def test_bad_rows_are_dropped_with_a_sentence_each(tmp_path: pathlib.Path):
+    path = tmp_path / "m.jsonl"
+    lines = [
+        b'{"problem": "1+1", "answer": "2", "id": "a"}',
+        b'{"problem": "\xe9t\xe9", "answer": "2"}',  # Latin-1 in a file of UTF-8
+        b'{"problem": "1+2", "answer": " "}',
+        b'{"problem": "' + b"x" * 2**20 + b'", "answer": "2"}',
+        b'{"problem": "1+3", "answer": "4", "id": "a"}',
+        b'{"text": "1+4", "answer": "5"}',
+        b"[" * 100_000,
+        b'{"problem": "1+5", "answer": "6"}',
+    ]
+    path.write_bytes(b"\n".join(lines))
+    said: list[str] = []
+    problems = load_problems(str(path), 0, 0, max_statement=1000, on_bad_row=said.append)
+    assert [(problem.id, problem.answer) for problem in problems] == [("a", "2"), ("m:8", "6")]
+    assert [sentence.removeprefix(f"{path}, ").split(":")[0] for sentence in said] == [
+        f"line {number}" for number in range(2, 8)
+    ]
+    for sentence, part in zip(
+        said,
+        (
+            "not valid JSON",
+            "no answer",
+            "problem has 1048576 characters; at most 1000",
+            "has the id 'a'",
+            "no statement",
+        ),
+        strict=False,
+    ):
+        assert part in sentence
+        assert len(sentence) < 300
 
 
-def test_nothing_left_to_train_on_is_an_error(refuses: Any):
-    problems = load_problems(CHAIN, 3, 0)
-    with refuses("all 3 training problems are also evaluation problems; use another source or seed for one"):
-        held_out(problems, problems)
+def test_a_file_of_nothing_but_bad_rows_is_an_error(tmp_path: pathlib.Path, refuses: Any):
+    source = write_jsonl(tmp_path / "m.jsonl", [{"problem": "x"}])
+    with refuses(f"{source}: no row can be used"):
+        load_problems(source, 0, 0, on_bad_row=lambda sentence: None)
 
 
-@given(st.integers(0, 2**31), st.integers(0, 2**31))
-@settings(max_examples=20, deadline=None)
-def test_generated_sets_are_disjoint_after_holding_out(train_seed: int, evaluation_seed: int):
-    """Sums of two digits repeat often, so that the overlap is never empty by luck."""
-    source = "reasoning-gym:chain_sum?max_terms=2&min_digits=1&max_digits=1"
-    train, evaluation = load_problems(source, 300, train_seed), load_problems(source, 30, evaluation_seed)
-    kept, num_removed = held_out(train, evaluation)
-    assert {problem.statement for problem in kept}.isdisjoint(problem.statement for problem in evaluation)
-    assert len(kept) + num_removed == 300
-    assert num_removed > 0
+# --- dataset folders --------------------------------------------------------------------------------------------------
+
+
+def saved(folder: pathlib.Path, answers: list[str]):
+    """What `Dataset.save_to_disk` writes: two Arrow streams and their list."""
+    folder.mkdir(parents=True)
+    names = []
+    for shard, answer in enumerate(answers):
+        table = pa.table({"problem": [f"{folder.name} {shard}"], "answer": [answer], "level": [shard]})
+        names.append(f"data-{shard:05}-of-{len(answers):05}.arrow")
+        with pa.OSFile(str(folder / names[-1]), "wb") as file, pa.ipc.new_stream(file, table.schema) as stream:
+            stream.write_table(table)
+    (folder / "state.json").write_text(json.dumps({"_data_files": [{"filename": name} for name in names]}))
+    (folder / "dataset_info.json").write_text("{}")
+
+
+def test_a_folder_that_was_saved_to_disk(tmp_path: pathlib.Path):
+    saved(tmp_path / "sums", ["1", "2"])
+    problems = load_problems(str(tmp_path / "sums"), 0, 0)
+    assert [(p.statement, p.answer, p.extra) for p in problems] == [
+        ("sums 0", "1", {"level": 0}),
+        ("sums 1", "2", {"level": 1}),
+    ]
+
+
+def test_the_splits_of_a_saved_folder(tmp_path: pathlib.Path, refuses: Any):
+    folder = tmp_path / "sums"
+    for split in ("train", "test"):
+        saved(folder / split, ["1"])
+    (folder / "dataset_dict.json").write_text('{"splits": ["train", "test"]}')
+    (problem,) = load_problems(f"{folder}?split=test", 0, 0)
+    assert problem.statement == "test 0"
+    with refuses(f"{folder}: has the splits train, test; name one, as in {folder}?split=train"):
+        load_problems(str(folder), 0, 0)
+    with refuses(f"{folder}: has no split 'dev'; there are train, test"):
+        load_problems(f"{folder}?split=dev", 0, 0)
+    with refuses(f"{folder}?part=test: a dataset folder has no parameter 'part'; expected split"):
+        load_problems(f"{folder}?part=test", 0, 0)
+
+
+def test_a_copy_of_a_repository(tmp_path: pathlib.Path):
+    (tmp_path / "data").mkdir()
+    (tmp_path / "README.md").write_text("A dataset.")
+    for shard in range(2):
+        table = pa.table({"question": [f"1+{shard}"], "answer": [1 + shard]})
+        pyarrow.parquet.write_table(table, tmp_path / "data" / f"train-{shard:05}-of-00002.parquet")
+    problems = load_problems(f"{tmp_path}?split=train", 0, 0)
+    assert [(problem.statement, problem.answer) for problem in problems] == [("1+0", "1"), ("1+1", "2")]
+    assert load_problems(str(tmp_path), 0, 0) == problems
+
+
+def test_a_folder_that_is_no_dataset_is_named(tmp_path: pathlib.Path, refuses: Any):
+    with refuses(f"{tmp_path}: not a dataset folder; expected what `save_to_disk` writes", ".parquet"):
+        load_problems(str(tmp_path), 0, 0)
+    (tmp_path / "state.json").write_text("{}")
+    with refuses(f"{tmp_path / 'state.json'}: names no data files; the dataset is damaged"):
+        load_problems(str(tmp_path), 0, 0)
+    (tmp_path / "state.json").write_text('{"_data_files": [{"filename": "data.arrow"}]}')
+    (tmp_path / "data.arrow").write_bytes(b"ARROW1 not really")
+    with refuses(f"{tmp_path / 'data.arrow'}: not a readable Arrow stream: ", ""):
+        load_problems(str(tmp_path), 0, 0)

@@ -1,7 +1,6 @@
 """The accounts of a fleet, with processes that are played: who gets what, and who takes over."""
 
 import dataclasses
-import pathlib
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -12,6 +11,7 @@ import pytest
 from magistral_jax.generate.config import GenerationConfig
 from magistral_jax.generate.fleet import GeneratorFleet
 from magistral_jax.generate.handle import GeneratorUsage, Notice, Reports
+from magistral_jax.generate.launch import Endpoint
 from magistral_jax.generate.messages import EngineSettings
 from magistral_jax.generate.process import GeneratorDiedError, GeneratorProcess
 from magistral_jax.generate.sequences import GenerationRequest
@@ -23,11 +23,15 @@ SETTINGS = EngineSettings(ModelConfig(20, 16, 1, 2, 1, 8, 16), GenerationConfig(
 SAMPLING = SamplingParams(1.0, 1.0, 0, 8)
 
 
+def never() -> Endpoint:
+    raise AssertionError("it is played")
+
+
 class Played(GeneratorProcess):
     """Writes down its orders, and does what the test says."""
 
     def __init__(self, number: int, weights: SharedWeights, reports: Reports) -> None:
-        super().__init__(number, SETTINGS, weights, reports, log=pathlib.Path())
+        super().__init__(number, SETTINGS, weights, reports, launch=never)
         self.orders: list[Any] = []
         self.meter = GeneratorUsage()
         self.is_refused = False

@@ -7,9 +7,12 @@ import pytest
 
 from magistral_jax.generate.config import GenerationConfig
 from magistral_jax.generate.frames import Channel, Frame
+from magistral_jax.generate.handle import Intake
 from magistral_jax.generate.messages import (
     EngineSettings,
     hello_frame,
+    intake_frame,
+    intake_of,
     requests_of,
     rollout_frame,
     rollout_of,
@@ -55,12 +58,18 @@ def test_rollouts(truncated: bool):
     prompt = np.array([4, 5], np.int32)
     logprob = np.array([-0.1, -1e-30, -87.25], np.float32)
     rollout = Rollout(
-        12, prompt, np.array([1, 2, 3], np.int32), logprob, np.array([7, 7, 8], np.int32), truncated=truncated
+        12, prompt, np.array([1, 2, 3], np.int32), logprob, np.array([7, 7, 8], np.int32), truncated, engine_step=4
     )
     frame = sent(rollout_frame(rollout, {"busy": 1.5}))
     found = rollout_of(frame, prompt)
-    assert (found.request_id, found.truncated, found.prompt_ids) == (12, truncated, prompt)
+    assert (found.request_id, found.truncated, found.engine_step) == (12, truncated, 4)
+    assert found.prompt_ids is prompt
     for name in ("completion_ids", "behavior_logprob", "weight_version"):
         assert getattr(found, name).dtype == getattr(rollout, name).dtype
         np.testing.assert_array_equal(getattr(found, name), getattr(rollout, name))
     assert frame.fields["usage"] == {"busy": 1.5}
+
+
+@pytest.mark.parametrize("intake", [Intake(3, request_ids=(8, 9)), Intake(0, version=2)])
+def test_intakes(intake: Intake):
+    assert intake_of(sent(intake_frame(intake))) == intake

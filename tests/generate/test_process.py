@@ -11,11 +11,12 @@ import pathlib
 import queue
 import re
 import signal
+import socket
 import subprocess
 import sys
 import textwrap
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -23,12 +24,18 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from magistral_jax.generate.batching import ContinuousBatcher
 from magistral_jax.generate.config import GenerationConfig
 from magistral_jax.generate.handle import Notice, Reports
+from magistral_jax.generate.launch import WorkerProcess, worker_environment
 from magistral_jax.generate.messages import EngineSettings
 from magistral_jax.generate.process import GeneratorDiedError, GeneratorProcess, Limits
 from magistral_jax.generate.sequences import GenerationRequest
+from magistral_jax.policy.config import ModelConfig
 from magistral_jax.policy.fingerprint import fingerprint
+from magistral_jax.policy.sharding import generator_shardings, make_generator_mesh
+from magistral_jax.publish.plane import Order, Published
+from magistral_jax.publish.planes import make_sender
 from magistral_jax.publish.shared_memory import SharedWeights
 from magistral_jax.records import MagistralError, Rollout, WeightVersion
 
@@ -36,17 +43,42 @@ DEADLINE = 120.0  # seconds; a machine with other work may start and compile slo
 NEVER = (1000, 1001, 1002)  # stop tokens that do not exist
 
 
-class Weights(SharedWeights):
-    """Spoils the versions that it is told to, after they were written."""
+PLANES = ("shared_memory", "tcp", "transfer")
 
-    spoiled: int | None = None
+
+class Weights:
+    """The trainer's end of a plane, which can be told to play foul with a version."""
+
+    def __init__(self, plane: str) -> None:
+        self.plane, self.sender = plane, make_sender(plane)
+        self.spoiled: int | None = None
+        self.misdirected: int | None = None
+        self.release, self.close = self.sender.release, self.sender.close
 
     def write(self, params: Any, version: int) -> None:
-        super().write(params, version)
-        if version == self.spoiled:
-            published = self.hold()
-            published.segment.memory[3] ^= 1
-            self.release(published)
+        self.sender.write(params, version)
+        if version == self.spoiled:  # after it was summed up
+            content = self.sender.hold().content
+            if self.plane == "transfer":
+                content[0] = content[0].at[0].add(1e-3)
+            else:
+                content.memory[3] ^= 1
+
+    def hold(self) -> Published:
+        return self.sender.hold()
+
+    def order(self, published: Published) -> Order:
+        order = self.sender.order(published)
+        if published.manifest.version != self.misdirected:
+            return order
+        with socket.create_server(("127.0.0.1", 0)) as dead:
+            address = f"127.0.0.1:{dead.getsockname()[1]}"
+        return Order({**order.fields, "address": address})
+
+    @property
+    def num_segments(self) -> int:
+        """Copies in memory; a plane from device to device makes none."""
+        return self.sender.num_segments if isinstance(self.sender, SharedWeights) else 0
 
 
 class Remote:
@@ -57,17 +89,29 @@ class Remote:
         folder: pathlib.Path,
         tiny: Any,
         *,
+        plane: str = "shared_memory",
+        model: ModelConfig | None = None,
+        tensor: int = 1,
         on_weights: Callable[[WeightVersion], None] | None = None,
+        environment: Mapping[str, str] = {},
         **options: Any,
     ) -> None:
         self.reports: queue.SimpleQueue[Any] = queue.SimpleQueue()
-        self.weights = Weights()
+        self.weights = Weights(plane)
         self.log = folder / "generator_3.log"
-        settings = EngineSettings(tiny.model, GenerationConfig(**vars(tiny.engine)), NEVER, 0, "float32")
+        generation = dataclasses.replace(tiny.engine, plane=plane, tensor=tensor)
+        settings = EngineSettings(model or tiny.model, generation, NEVER, 0, "float32")
         put = self.reports.put
         reports = Reports(on_rollout=put, on_weights=on_weights or put, on_failure=put, on_notice=put)
-        self.process = GeneratorProcess(3, settings, self.weights, reports, log=self.log, **options)
+        launch = lambda: WorkerProcess(self.log, environment)
+        self.process = GeneratorProcess(3, settings, self.weights, reports, launch=launch, **options)
         self._versions = itertools.count()
+
+    @property
+    def pid(self) -> int:
+        endpoint = self.process.endpoint
+        assert isinstance(endpoint, WorkerProcess)
+        return endpoint.process.pid
 
     def publish(self, params: Any) -> int:
         version = next(self._versions)
@@ -116,13 +160,13 @@ def requests(tiny: Any, first: int, count: int, **options: Any) -> list[Generati
 # --- a real one ------------------------------------------------------------------------------------------------------
 
 
-@pytest.fixture(scope="module")
-def real(tiny: Any, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Remote]:
+@pytest.fixture(scope="module", params=PLANES)
+def real(tiny: Any, request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Remote]:
     """With stop tokens that never come: completions are long enough to see a swap."""
-    remote = Remote(tmp_path_factory.mktemp("real"), tiny)
+    remote = Remote(tmp_path_factory.mktemp("real"), tiny, plane=request.param)
     remote.process.start()
     yield remote
-    pid = remote.process.pid
+    pid = remote.pid
     remote.close()
     assert not is_alive(pid)
     assert shared_memory_held() == (0, 0)
@@ -199,13 +243,27 @@ def test_spoiled_bytes_are_named_and_the_version_before_is_served(tiny: Any, rea
     while len(notices) + len(rollouts) < 4:
         report = real.reports.get(timeout=DEADLINE)
         (notices if isinstance(report, Notice) else rollouts).append(report)
-    sentence = rf"Generator 3 refused weights of version {before + 1}: the bytes of leaf \['embed'\].* have checksum 0x"
+    sentence = rf"Generator 3 refused weights of version {before + 1}: the (bytes|elements) of leaf \['embed'\].* have "
     for notice in notices:  # it was tried again, once
         assert (notice.kind, notice.generator) == ("weights_refused", 3)
         assert re.match(sentence, notice.sentence)
     assert all(set(rollout.weight_version.tolist()) == {before} for rollout in rollouts)
     good = real.publish(tiny.params(1))
     assert real.get(WeightVersion) == WeightVersion(good, fingerprint(tiny.params(1)), 3)
+
+
+@pytest.mark.parametrize("real", ["transfer"], indirect=True)  # with the others, bytes come as the order does
+def test_a_dead_address_is_named_and_the_version_before_is_served(tiny: Any, real: Remote):
+    before = real.publish(tiny.params(0))
+    assert real.get(WeightVersion).version == before
+    real.weights.misdirected = before + 1
+    real.publish(tiny.params(1))
+    for _ in range(2):
+        notice = real.get(Notice)
+        sentence = rf"Generator 3 refused weights of version {before + 1} from 127\.0\.0\.1:\d+ \(the trainer\): "
+        assert re.match(sentence + "nobody answers there", notice.sentence)
+    real.process.submit(requests(tiny, 2100, 2))
+    assert all(set(rollout.weight_version.tolist()) == {before} for rollout in real.collect(2).values())
 
 
 def test_weights_of_another_model_are_named(tiny: Any, real: Remote):
@@ -232,6 +290,35 @@ def test_time_without_work_is_metered_and_so_is_the_bound(tiny: Any, real: Remot
     real.process.set_bound(False)
     spent = real.process.usage() - before
     assert 0 < spent.idle_at_bound <= spent.idle
+
+
+# --- an engine on several devices -------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("plane", ["shared_memory", "transfer"])
+def test_an_engine_on_several_devices_samples_what_a_thread_on_one_would(tiny: Any, plane: str, tmp_path: pathlib.Path):
+    """Whole weights of one device come by bytes; from device to device they are cut here as they are there."""
+    model = dataclasses.replace(tiny.model, vocab_size=72)
+    weights = [tiny.params(seed, model) for seed in (0, 1)]
+    mesh = make_generator_mesh(2, num_taken=4)
+    split = lambda params: jax.device_put(params, generator_shardings(model, mesh))
+    wanted = requests(tiny, 0, 6)
+    environment = worker_environment(0, 1, "", 2)
+    remote = Remote(tmp_path, tiny, plane=plane, model=model, tensor=2, environment=environment)
+    remote.process.start()
+    try:
+        for version, params in enumerate(weights):  # the second comes beside the first, which is in use
+            assert remote.publish(split(params) if plane == "transfer" else params) == version
+            assert remote.get(WeightVersion) == WeightVersion(version, fingerprint(params), 3)
+        remote.process.submit(wanted)
+        found = remote.collect(6)
+    finally:
+        remote.close()
+    batcher = ContinuousBatcher(model, tiny.engine, NEVER, 0)
+    batcher.set_weights(weights[1], 0)
+    for request_id, ours in tiny.finish(batcher, wanted).items():
+        np.testing.assert_array_equal(found[request_id].completion_ids, ours.completion_ids)
+        np.testing.assert_allclose(found[request_id].behavior_logprob, ours.behavior_logprob, atol=1e-5)
 
 
 # --- the end of one side ---------------------------------------------------------------------------------------------
@@ -302,7 +389,7 @@ def play(tiny: Any, tmp_path: pathlib.Path) -> Iterator[Callable[..., Remote]]:
     yield start
     for remote in remotes:
         remote.close()
-        assert not is_alive(remote.process.pid)
+        assert not is_alive(remote.pid)
 
 
 @pytest.mark.parametrize(
@@ -340,6 +427,22 @@ def test_one_that_never_gets_ready_is_given_up(play: Callable[..., Remote]):
     assert str(remote.get(GeneratorDiedError)) == "Generator 3 sent no sign of life for 2 s"
 
 
+@pytest.mark.parametrize(
+    ("start", "limits"),
+    [("send('ready')", {"answer": 1.0, "step": 1000.0}), ("", {"answer": 0.0, "step": 2.0})],
+    ids=["soon once it is ready", "until then it has the time of a start"],
+)
+def test_one_that_lives_but_never_answers_to_weights_is_given_up(
+    play: Callable[..., Remote], start: str, limits: dict[str, float]
+):
+    remote = play(f"{start}\nwhile True: beat(0.0); time.sleep(0.25)", **limits)
+    found = re.fullmatch(
+        r"Generator 3 has not answered to weights of version 0 for (\d+) s", str(remote.get(GeneratorDiedError))
+    )
+    assert found
+    assert int(found[1]) >= (limits["answer"] if start else limits["step"])
+
+
 def test_a_slow_start_is_no_silence(play: Callable[..., Remote]):
     remote = play("time.sleep(2.5); os._exit(4)", step=50.0, sign_of_life=1.0)
     assert str(remote.get(GeneratorDiedError)) == "Generator 3 ended with exit code 4"
@@ -361,7 +464,7 @@ def test_a_listener_that_fails_is_not_taken_for_the_generator(play: Callable[...
 def test_what_was_not_finished_is_known_after_the_end_by_groups(tiny: Any, play: Callable[..., Remote]):
     remote = play("drain()", first=requests(tiny, 10, 3))
     remote.process.submit(requests(tiny, 20, 2))
-    os.kill(remote.process.pid, signal.SIGKILL)
+    os.kill(remote.pid, signal.SIGKILL)
     assert str(remote.get(GeneratorDiedError)) == "Generator 3 was killed by SIGKILL"
     assert [[r.request_id for r in group] for group in remote.process.unfinished()] == [[10, 11, 12], [20, 21]]
 
@@ -376,7 +479,7 @@ def test_one_that_does_not_read_holds_nobody_up_and_is_killed_at_the_end(tiny: A
     assert remote.weights.num_segments <= 3
     remote.process.ask_to_stop()
     remote.process.join(0.5)
-    assert not is_alive(remote.process.pid)
+    assert not is_alive(remote.pid)
     assert remote.reports.empty()
 
 
@@ -384,5 +487,5 @@ def test_a_segment_that_is_read_by_a_dead_process_is_free_again(tiny: Any, play:
     remote = play("peer.recv(100); time.sleep(0.5); os._exit(0)")
     remote.get(GeneratorDiedError)
     published = remote.weights.hold()
-    assert published.segment.num_readers == 1
-    remote.weights.release(published)
+    assert published.content.num_readers == 1
+    remote.weights.release(published, was_taken=True)

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
-from magistral_jax.generate.sampling import request_uniform, sample
+from magistral_jax.generate.sampling import most_probable, request_uniform, sample
 
 SAMPLE = jax.jit(sample)
 UNIFORM = jax.jit(request_uniform)
@@ -204,3 +204,14 @@ def test_uniforms_depend_on_seed_request_and_position_only():
 
 def test_request_ids_beyond_31_bits_have_their_own_numbers():
     assert len(set(uniforms(0, [1, 2**31 + 1, 2**32 - 1], [0, 0, 0]).tolist())) == 3
+
+
+def test_the_most_probable_tokens_have_the_log_probs_that_samples_report():
+    logits = np.log(np.array([[0.1, 0.6, 0.3], [0.5, 0.2, 0.3], [0.5, 0.2, 0.3]], np.float32))
+    tokens, logprobs = most_probable(jnp.asarray(logits), jnp.asarray([1.0, 0.5, 0.0]), 2)
+    assert tokens.tolist() == [[1, 2], [0, 2], [0, 2]]
+    # At temperature 1/2 the masses are squared: 0.25, 0.04, 0.09 of 0.38. Greedy slots report temperature 1.
+    expected = np.log([[0.6, 0.3], [0.25 / 0.38, 0.09 / 0.38], [0.5, 0.3]])
+    np.testing.assert_allclose(logprobs, expected, atol=1e-6)
+    none, _ = most_probable(jnp.asarray(logits), jnp.ones(3), 0)
+    assert none.shape == (3, 0)

@@ -5,10 +5,11 @@ import time
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
 import pytest
 
 from magistral_jax.generate.batching import ContinuousBatcher
-from magistral_jax.generate.handle import GeneratorUsage, Reports
+from magistral_jax.generate.handle import GeneratorUsage, Intake, Reports
 from magistral_jax.generate.service import GeneratorThread
 from magistral_jax.policy.fingerprint import fingerprint
 from magistral_jax.records import MagistralError, Rollout, WeightVersion
@@ -122,6 +123,46 @@ def test_a_fingerprint_that_is_known_is_believed_only_of_what_the_engine_holds(
     recorder = record(Other(tiny.model, tiny.engine, (0,), 0))
     recorder.thread.set_weights(tiny.params(0), 0, 77)
     assert recorder.reports.get(timeout=DEADLINE) == WeightVersion(0, fingerprint(tiny.params(1)))
+
+
+def test_what_an_engine_took_is_reported_and_makes_it_do_the_same_again(tiny: Any):
+    """A run with swaps whose moments are chance, and a held engine that gets the same before the same steps."""
+
+    def start():
+        intakes, rollouts = queue.SimpleQueue[Intake](), queue.SimpleQueue[Rollout]()
+        reports = Reports(rollouts.put, lambda receipt: None, lambda error: None, on_intake=intakes.put)
+        return GeneratorThread(tiny.batcher(weights=False, stop_ids=(1000, 1001, 1002)), reports), intakes, rollouts
+
+    requests = {i: tiny.request(i, 3 + i % 5) for i in range(112)}
+    live, intakes, rollouts = start()
+    live.start()
+    live.set_weights(tiny.params(0), 0)
+    live.submit([requests[i] for i in range(100)])
+    first = [rollouts.get(timeout=DEADLINE) for _ in range(5)]
+    live.set_weights(tiny.params(1), 1)
+    live.submit([requests[i] for i in range(100, 112)])
+    recorded = {r.request_id: r for r in [*first, *(rollouts.get(timeout=DEADLINE) for _ in range(107))]}
+    live.stop(DEADLINE)
+
+    held, _, again = start()
+    held.hold()
+    held.start()
+    for _ in range(4):
+        intake = intakes.get(timeout=DEADLINE)
+        held.advance(intake.step)
+        if intake.version is None:
+            held.submit([requests[i] for i in intake.request_ids])
+        else:
+            held.set_weights(tiny.params(intake.version), intake.version)
+    held.advance(1 + max(r.engine_step for r in recorded.values()))
+    replayed = {r.request_id: r for r in (again.get(timeout=DEADLINE) for _ in recorded)}
+    held.stop(DEADLINE)
+    assert replayed.keys() == recorded.keys()
+    for request_id, rollout in recorded.items():
+        assert replayed[request_id].engine_step == rollout.engine_step
+        for name in ("completion_ids", "behavior_logprob", "weight_version"):
+            np.testing.assert_array_equal(getattr(replayed[request_id], name), getattr(rollout, name))
+    assert any(len(set(rollout.weight_version.tolist())) == 2 for rollout in recorded.values())
 
 
 def test_the_meter_adds_up(tiny: Any, record: Callable[..., Recorder]):

@@ -8,10 +8,10 @@ import numpy as np
 
 
 def test_every_shape_is_listed(tiny: Any):
-    batcher = tiny.batcher(num_slots=20, prefill_rows=3, prefill_chunk=24)
+    batcher = tiny.batcher(num_slots=20, max_new_tokens=90, prefill_rows=3, prefill_chunk=64)
     assert batcher.shapes() == [
-        *[("prefill", rows, width) for rows in (1, 2, 3) for width in (16, 24)],
-        *[("decode", rows, 3) for rows in (10, 20)],
+        *[("prefill", 1, 32), ("prefill", 2, 32), ("prefill", 1, 64)],
+        *[("decode", rows, 3) for rows in (10, 15, 20)],
     ]
     assert tiny.batcher(prefill_chunk=4).shapes()[0] == ("prefill", 1, 4)
     # No sequence of this engine is longer than 24 tokens, so the widest chunk is never met.

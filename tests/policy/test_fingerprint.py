@@ -51,6 +51,18 @@ def test_sharding_does_not_matter(spec: PartitionSpec):
     assert fingerprint(placed) == fingerprint(make_tree())
 
 
+@pytest.mark.parametrize("spec", [PartitionSpec("data"), PartitionSpec("data", "tensor"), PartitionSpec(None, "data")])
+def test_what_is_split_is_summed_up_where_it_lies(spec: PartitionSpec):
+    """Over one axis or two, with copies, and a scalar beside it."""
+    mesh = jax.make_mesh((2, 2), ("data", "tensor"), axis_types=(AxisType.Auto,) * 2, devices=jax.devices()[:4])
+    tree = make_tree()["layers"] | {"count": jnp.float32(3.0)}
+    place = lambda leaf: NamedSharding(mesh, spec if leaf.ndim > 1 else PartitionSpec())
+    placed = jax.tree.map(lambda leaf: jax.device_put(leaf, place(leaf)), tree)
+    assert fingerprint(placed) == loop_fingerprint(tree) == fingerprint(tree)
+    placed["k"] = placed["k"].at[1, 3, 2].multiply(2.0)
+    assert fingerprint(placed) != fingerprint(tree)
+
+
 @settings(max_examples=30, deadline=None)
 @given(where=st.integers(0, 31), bit=st.integers(0, 31))
 def test_one_flipped_bit_shows(where: int, bit: int):

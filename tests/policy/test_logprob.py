@@ -174,6 +174,54 @@ def test_sharded_rows_are_scored_where_they_are():
     assert "all-gather" not in compile_gradient(chunk=64, rows=8, sharding=by_row).as_text()
 
 
+def test_a_head_sharded_by_vocabulary_scores_where_it_is():
+    mesh = jax.make_mesh((8,), ("tensor",), axis_types=(AxisType.Auto,))
+    model = ModelConfig(**{**vars(MODEL), "vocab_size": 64})
+    params, hidden, tokens = example(7, model=model)
+    by_word = NamedSharding(mesh, PartitionSpec(None, "tensor"))
+    kernel = params["head"]["kernel"]
+
+    def total(kernel: Any, hidden: Any):
+        logprob, entropy = token_logprob({"head": {"kernel": kernel}}, model, hidden, tokens, chunk=7)
+        return logprob[:, 1:].sum() + 0.5 * entropy[:, 1:].sum()
+
+    whole = jax.jit(jax.value_and_grad(total, argnums=(0, 1)))(kernel, hidden)
+    compiled = jax.jit(jax.value_and_grad(total, argnums=(0, 1))).lower(jax.device_put(kernel, by_word), hidden)
+    sharded = compiled.compile()(jax.device_put(kernel, by_word), hidden)
+    jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=1e-4, atol=1e-5), sharded, whole)
+    assert sharded[1][0].sharding.is_equivalent_to(by_word, 2)
+    # Sums over the words are all that travels; gathered logits would be as large as the whole batch's.
+    text = compiled.compile().as_text()
+    assert text is not None
+    assert "all-gather" not in text
+
+
+def test_32k_tokens_of_150k_words_take_less_than_a_gibibyte():
+    # All logits together would be 18.3 GiB, and as much again for their gradient.
+    num_tokens, words, width = 32_768, 150_000, 128
+    model = ModelConfig(**{**vars(MODEL), "vocab_size": words, "d_model": width})
+
+    def total(kernel: Any, hidden: Any, tokens: Any):
+        logprob, entropy = token_logprob({"head": {"kernel": kernel}}, model, hidden, tokens, chunk=256)
+        return logprob.sum() + entropy.sum()
+
+    arguments = (
+        jax.ShapeDtypeStruct((width, words), jnp.float32),
+        jax.ShapeDtypeStruct((1, num_tokens, width), jnp.float32),
+        jax.ShapeDtypeStruct((1, num_tokens), jnp.int32),
+    )
+    compiled = jax.jit(jax.value_and_grad(total, argnums=(0, 1))).lower(*arguments).compile()
+    memory = compiled.memory_analysis()
+    assert memory is not None
+    assert memory.temp_size_in_bytes < 2**30
+
+
+def test_a_single_chunk_is_not_computed_twice():
+    # Two products fewer would be a gradient that is wrong, two more the logits twice.
+    count = lambda chunk: compile_gradient(chunk).as_text().count(" dot(")
+    assert (count(64), count(4096)) == (4, 3)
+
+
 def test_other_values_are_not_traced_again():
     first, second = example(7), example(8)
     score(first[0], MODEL, *first[1:])

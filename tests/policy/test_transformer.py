@@ -11,8 +11,8 @@ import pytest
 from jax.sharding import PartitionSpec
 from jaxtyping import Array
 
-from magistral_jax.policy.attention import LayerPages, PagedCache
 from magistral_jax.policy.config import ModelConfig, RopeScaling
+from magistral_jax.policy.pages import LayerPages, PagedCache
 from magistral_jax.policy.transformer import (
     forward,
     head_kernel,

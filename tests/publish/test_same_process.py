@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from jax.sharding import AxisType, NamedSharding, PartitionSpec
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from magistral_jax.policy.config import ModelConfig, PolicyConfig
 from magistral_jax.policy.fingerprint import fingerprint
@@ -27,6 +27,34 @@ def make_params(seed: int = 0, model: ModelConfig = MODEL):
 
 def host(tree: Any):
     return jax.tree.map(np.array, tree)  # a copy, not a view of the device's memory
+
+
+def make_mesh(devices: slice, *shape: int):
+    names = ("a", "b")[: len(shape)]
+    return Mesh(np.array(jax.devices()[devices]).reshape(shape), names, axis_types=(AxisType.Auto,) * len(shape))
+
+
+def lay_out(tree: Any, mesh: Mesh, *, last: bool):
+    """Shardings that cut the last, or the first, axis that the mesh's first axis divides."""
+
+    def cut(leaf: jax.Array) -> NamedSharding:
+        axes = [i for i in range(leaf.ndim) if leaf.shape[i] % mesh.shape["a"] == 0]
+        spec: list[str | None] = [None] * leaf.ndim
+        if axes:
+            spec[axes[-1 if last else 0]] = "a"
+        return NamedSharding(mesh, PartitionSpec(*spec))
+
+    return jax.tree.map(cut, tree)
+
+
+@pytest.fixture
+def host_gathers(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, ...]]:
+    """Shapes of the arrays that were gathered in host memory."""
+    gathered = []
+    kind = type(jnp.zeros(1))
+    original = vars(kind)["_value"].fget
+    monkeypatch.setattr(kind, "_value", property(lambda array: (gathered.append(array.shape), original(array))[1]))
+    return gathered
 
 
 def make_batch():
@@ -129,3 +157,50 @@ def test_the_generator_computes_what_the_trainer_computes():
     )[0]
     restacked = jax.tree.map(lambda *leaves: jnp.stack(leaves), *published["layers"])
     np.testing.assert_array_equal(run(restacked), run(params["layers"]))
+
+
+BIG = dataclasses.replace(MODEL, vocab_size=16, num_kv_heads=2)
+DEVICES = {"same": ((0, 4), (4, 8)), "fsdp-tp": ((0, 4), (4, 8)), "fsdp4-tp2": ((0, 4), (4, 6))}
+DEVICES |= {"fsdp2-tp4": ((0, 2), (4, 8)), "fsdp2-tp3": ((0, 2), (2, 5)), "colocated": ((0, 4), (0, 2))}
+
+
+@pytest.mark.parametrize("case", DEVICES)
+def test_from_mesh_to_mesh_nothing_passes_through_the_host(case: str, host_gathers: list[tuple[int, ...]]):
+    trainer, generator = (make_mesh(slice(*ends), ends[1] - ends[0]) for ends in DEVICES[case])
+    params = make_params(model=BIG)
+    expected = host(unstack(params, BIG))
+    sharded = jax.tree.map(jax.device_put, params, lay_out(params, trainer, last=True))
+    shardings = lay_out(unstack(params, BIG), generator, last=case == "same")
+    publish = make_publish(BIG, jnp.dtype("float32"), trainer, generator, shardings)
+    host_gathers.clear()
+    published = jax.block_until_ready(publish(sharded))
+    assert host_gathers == []
+    for leaf, sharding in zip(jax.tree.leaves(published), jax.tree.leaves(shardings), strict=True):
+        assert leaf.sharding.is_equivalent_to(sharding, leaf.ndim)
+    with jax.no_tracing():
+        jax.block_until_ready(publish(sharded))
+    jax.jit(lambda tree: jax.tree.map(lambda leaf: leaf + 1, tree), donate_argnums=0)(sharded)
+    jax.tree.map(np.testing.assert_array_equal, published, expected)
+
+
+def test_one_step_between_two_layouts_would_pass_through_the_host(host_gathers: list[tuple[int, ...]]):
+    """The trap that the three stages avoid, and that the spy sees it."""
+    trainer, generator = make_mesh(slice(0, 4), 4), make_mesh(slice(4, 8), 4)
+    source = jax.device_put(np.ones((8, 16), np.float32), NamedSharding(trainer, PartitionSpec(None, "a")))
+    host_gathers.clear()
+    jax.block_until_ready(jax.device_put(source, NamedSharding(generator, PartitionSpec("a"))))
+    assert host_gathers == [(8, 16)]
+
+
+def test_whole_weights_on_every_generator_device(host_gathers: list[tuple[int, ...]]):
+    trainer, generator = make_mesh(slice(0, 4), 4), make_mesh(slice(4, 8), 4)
+    params = make_params(model=BIG)
+    expected = host(unstack(params, BIG))
+    sharded = jax.tree.map(jax.device_put, params, lay_out(params, trainer, last=True))
+    whole = jax.tree.map(lambda leaf: NamedSharding(generator, PartitionSpec()), unstack(params, BIG))
+    host_gathers.clear()
+    publish = make_publish(BIG, jnp.dtype("bfloat16"), trainer, generator, whole)
+    published = jax.block_until_ready(publish(sharded))
+    assert host_gathers == []
+    assert all(leaf.is_fully_replicated and len(leaf.devices()) == 4 for leaf in jax.tree.leaves(published))
+    jax.tree.map(lambda a, b: np.testing.assert_array_equal(a, b.astype(jnp.bfloat16)), published, expected)

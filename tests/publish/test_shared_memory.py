@@ -17,7 +17,8 @@ import pytest
 from magistral_jax.policy.config import ModelConfig
 from magistral_jax.policy.transformer import init_params, unstack
 from magistral_jax.publish.manifest import Manifest, WeightsRefusedError
-from magistral_jax.publish.shared_memory import Published, SharedWeights, WeightsReader
+from magistral_jax.publish.plane import Delivery, Published, wanted_params
+from magistral_jax.publish.shared_memory import SharedMemoryReader, SharedWeights
 from magistral_jax.records import MagistralError
 
 MODEL = ModelConfig(vocab_size=13, d_model=8, num_layers=2, num_heads=2, num_kv_heads=1, head_dim=4, d_ff=8)
@@ -42,9 +43,18 @@ def weights() -> Iterator[SharedWeights]:
     assert mapped_segments() == 0
 
 
-def read(reader: WeightsReader, published: Published) -> Any:
+def make_reader(dtype: str = "float32") -> SharedMemoryReader:
+    return SharedMemoryReader(wanted_params(MODEL, jnp.dtype(dtype)))
+
+
+def nothing(buffer: memoryview) -> None:
+    raise AssertionError("there is no payload")
+
+
+def read(reader: SharedMemoryReader, published: Published, descriptor: int | None = None) -> Any:
     """As a generator does, with a descriptor of its own."""
-    return reader.read(published.manifest, os.dup(published.segment.descriptor))
+    descriptor = descriptor or os.dup(published.content.descriptor)
+    return reader.receive(Delivery(published.manifest, {}, descriptor, 0, nothing, "the trainer"))
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
@@ -53,7 +63,7 @@ def test_what_is_read_is_what_was_written(weights: SharedWeights, dtype: str):
     weights.write(params, 5)
     published = weights.hold()
     assert published.manifest.version == 5
-    found = read(WeightsReader(MODEL, jnp.dtype(dtype)), published)
+    found = read(make_reader(dtype), published)
     assert jax.tree.structure(found) == jax.tree.structure(params)
     jax.tree.map(np.testing.assert_array_equal, found, params)
     assert {str(leaf.dtype) for leaf in jax.tree.leaves(found)} == {dtype}
@@ -62,13 +72,13 @@ def test_what_is_read_is_what_was_written(weights: SharedWeights, dtype: str):
 def test_what_was_read_outlives_the_memory_that_it_came_from(weights: SharedWeights):
     weights.write(make_params(0), 0)
     published = weights.hold()
-    found = read(WeightsReader(MODEL, jnp.dtype("float32")), published)
-    published.segment.memory[:] = 255  # as the next version would
+    found = read(make_reader(), published)
+    published.content.memory[:] = 255  # as the next version would
     jax.tree.map(np.testing.assert_array_equal, found, make_params(0))
 
 
 def test_a_version_stays_as_it_is_until_it_is_released(weights: SharedWeights):
-    reader = WeightsReader(MODEL, jnp.dtype("float32"))
+    reader = make_reader()
     weights.write(make_params(0), 0)
     first = weights.hold()
     for version in range(1, 5):
@@ -82,13 +92,13 @@ def test_without_slow_readers_two_segments_do(weights: SharedWeights):
     for version in range(6):
         weights.write(make_params(version), version)
         published = weights.hold()
-        weights.release(published)
+        weights.release(published, was_taken=True)
     assert weights.num_segments == 2
 
 
 def test_readers_and_a_writer_at_one_time(weights: SharedWeights):
     """Each reader, however it falls in with the writer, sees one whole version."""
-    reader, num_versions = WeightsReader(MODEL, jnp.dtype("float32")), 60
+    reader, num_versions = make_reader(), 60
     params = [make_params(version) for version in range(num_versions)]
     weights.write(params[0], 0)
     is_over = threading.Event()
@@ -101,7 +111,7 @@ def test_readers_and_a_writer_at_one_time(weights: SharedWeights):
             assert version >= newest
             newest = version
             found = read(reader, published)
-            weights.release(published)
+            weights.release(published, was_taken=True)
             jax.tree.map(np.testing.assert_array_equal, found, params[version])
         return newest
 
@@ -118,10 +128,10 @@ def test_other_bytes_are_refused_by_the_name_of_the_leaf(weights: SharedWeights)
     weights.write(make_params(0), 3)
     published = weights.hold()
     leaf = published.manifest.leaves[4]
-    published.segment.memory[leaf.offset + leaf.num_bytes - 1] ^= 1
+    published.content.memory[leaf.offset + leaf.num_bytes - 1] ^= 1
     sentence = f"weights of version 3: the bytes of leaf {leaf.path} have checksum 0x"
     with pytest.raises(WeightsRefusedError, match=re.escape(sentence)):
-        read(WeightsReader(MODEL, jnp.dtype("float32")), published)
+        read(make_reader(), published)
 
 
 def test_weights_of_another_model_are_refused_and_nothing_stays_open(weights: SharedWeights):
@@ -129,7 +139,7 @@ def test_weights_of_another_model_are_refused_and_nothing_stays_open(weights: Sh
     published = weights.hold()
     before = len(os.listdir("/proc/self/fd"))
     with pytest.raises(WeightsRefusedError, match=r"leaf \['layers'\]\[0\].* is float32\[.*16.*\], expected float32\["):
-        read(WeightsReader(MODEL, jnp.dtype("float32")), published)
+        read(make_reader(), published)
     assert len(os.listdir("/proc/self/fd")) == before
 
 
@@ -137,8 +147,8 @@ def test_memory_that_is_too_short_is_refused(weights: SharedWeights):
     weights.write(make_params(0), 0)
     descriptor = os.memfd_create("short")
     os.truncate(descriptor, 10)
-    with pytest.raises(WeightsRefusedError, match="too short"):
-        WeightsReader(MODEL, jnp.dtype("float32")).read(weights.hold().manifest, descriptor)
+    with pytest.raises(WeightsRefusedError, match=r"10 bytes came, expected \d+"):
+        read(make_reader(), weights.hold(), descriptor)
 
 
 def test_a_write_that_fails_leaves_the_version_before(weights: SharedWeights):
@@ -149,7 +159,7 @@ def test_a_write_that_fails_leaves_the_version_before(weights: SharedWeights):
         weights.write(gone, 1)
     published = weights.hold()
     assert published.manifest.version == 0
-    found = read(WeightsReader(MODEL, jnp.dtype("float32")), published)
+    found = read(make_reader(), published)
     jax.tree.map(np.testing.assert_array_equal, found, make_params(0))
 
 
@@ -166,7 +176,7 @@ def test_too_little_memory_is_one_sentence(weights: SharedWeights, monkeypatch: 
 
 def test_a_system_without_such_memory_is_told(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.delattr(os, "memfd_create")
-    with pytest.raises(MagistralError, match="needs Linux"):
+    with pytest.raises(MagistralError, match="need Linux"):
         SharedWeights()
 
 

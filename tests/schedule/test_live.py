@@ -10,10 +10,10 @@ from typing import Any
 
 import pytest
 
-from magistral_jax.generate.handle import Notice
+from magistral_jax.generate.handle import Intake, Notice
 from magistral_jax.records import WeightVersion
 from magistral_jax.schedule import machine
-from magistral_jax.schedule.live import Inbox, RoleFailed, RoleFailedError, drive
+from magistral_jax.schedule.live import Inbox, Report, RoleFailed, RoleFailedError, drive
 from magistral_jax.schedule.machine import Checkpoint, Finish, Rules, State, StopRequested
 
 RULES = Rules(
@@ -37,8 +37,7 @@ class Cast:
         self.inbox: Inbox = Inbox()
         self.actions: list[Any] = []
         self.events: list[machine.Event] = []
-        self.receipts: list[WeightVersion] = []
-        self.notices: list[Notice] = []
+        self.reports: list[Report] = []
 
     def act(self, state: State, action: machine.Action) -> None:
         self.actions.append(action)
@@ -68,8 +67,7 @@ class Cast:
             State(),
             self.inbox,
             act=self.act,
-            on_receipt=self.receipts.append,
-            on_notice=self.notices.append,
+            on_report=self.reports.append,
             record=self.events.append,
             deadline=deadline,
         )
@@ -84,7 +82,7 @@ def test_a_run_of_willing_roles():
     assert state.is_finished
     assert (state.num_done, cast.count(machine.Train), cast.count(machine.Publish)) == (3, 3, 3)
     assert cast.actions[-2:] == [Checkpoint(3), Finish()]
-    assert cast.receipts == [WeightVersion(version, 10 * version) for version in (1, 2)]  # the last comes after the end
+    assert cast.reports == [WeightVersion(version, 10 * version) for version in (1, 2)]  # the last comes after the end
     # The record alone leads to the same end: a run can be replayed.
     replayed = State()
     for event in cast.events:
@@ -93,10 +91,10 @@ def test_a_run_of_willing_roles():
 
 
 def test_a_mishap_that_was_dealt_with_is_told_and_changes_nothing():
-    notice = Notice("generator_lost", 1, "Generator 1 was killed.")
-    cast = Cast({machine.Train: lambda action: [notice, machine.Trained()]})
+    notice, intake = Notice("generator_lost", 1, "Generator 1 was killed."), Intake(7, request_ids=(1, 2))
+    cast = Cast({machine.Train: lambda action: [notice, intake, machine.Trained()]})
     assert cast.drive().num_done == 3
-    assert cast.notices == 3 * [notice]
+    assert [report for report in cast.reports if report in (notice, intake)] == 3 * [notice, intake]
     assert {type(event) for event in cast.events} <= set(typing.get_args(machine.Event))
 
 
@@ -180,8 +178,9 @@ def test_a_stop_request_finishes_the_running_step():
 def test_a_receipt_that_is_refused_ends_the_run():
     cast = Cast()
 
-    def refuse(receipt: WeightVersion) -> None:
-        raise ValueError(f"not what was sent: {receipt.version}")
+    def refuse(report: Report) -> None:
+        assert isinstance(report, WeightVersion)
+        raise ValueError(f"not what was sent: {report.version}")
 
     with pytest.raises(ValueError, match="not what was sent: 1"):
         drive(
@@ -189,8 +188,7 @@ def test_a_receipt_that_is_refused_ends_the_run():
             State(),
             (cast.inbox.put(machine.Started()), cast.inbox)[1],
             act=cast.act,
-            on_receipt=refuse,
-            on_notice=cast.notices.append,
+            on_report=refuse,
             record=cast.events.append,
             deadline=PATIENCE,
         )

@@ -15,7 +15,7 @@ import signal
 import threading
 import time
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -27,6 +27,7 @@ from magistral_jax.generate.batching import ContinuousBatcher, GenerationRequest
 from magistral_jax.generate.config import GenerationConfig
 from magistral_jax.generate.fleet import GeneratorFleet
 from magistral_jax.generate.handle import Generator, Reports
+from magistral_jax.generate.launch import WorkerProcess
 from magistral_jax.generate.messages import EngineSettings
 from magistral_jax.generate.process import GeneratorProcess
 from magistral_jax.generate.service import GeneratorThread
@@ -37,6 +38,7 @@ from magistral_jax.publish.same_process import make_publish
 from magistral_jax.publish.shared_memory import SharedWeights
 from magistral_jax.pytrees import TrainState
 from magistral_jax.records import Graded, MagistralError, Problem, Prompt, Reward, SamplingParams, Verdict
+from magistral_jax.schedule.event_log import LOG_FILE, EventLog, Noted, Took, Trained, Verified, read_log
 from magistral_jax.schedule.live import RoleFailedError
 from magistral_jax.schedule.loop import AsyncLoop, Stages, Update
 from magistral_jax.schedule.machine import Rules, State, StopRequested, from_saved
@@ -63,6 +65,7 @@ PATIENCE = 120.0
 OnResult = Callable[[int, Reward], None]
 Judge = Callable[[int], Verdict | None]
 Groups = Sequence[Sequence[Graded]]
+R = TypeVar("R")
 
 
 class FakePool(VerifierPool):
@@ -123,9 +126,11 @@ class FakeCheckpoints(Checkpoints):
 
     def __init__(self):
         self.saved: dict[int, tuple[Any, dict[str, Any]]] = {}
+        self.groups: dict[int, bytes] = {}
 
-    def save(self, step: int, state: TrainState, schedule: dict[str, Any]) -> None:
+    def save(self, step: int, state: TrainState, schedule: dict[str, Any], groups: bytes = b"") -> None:
         self.saved[step] = (jax.tree.map(np.asarray, state.params), json.loads(json.dumps(schedule)))
+        self.groups[step] = groups
 
     def wait(self) -> None:
         pass
@@ -152,6 +157,8 @@ class Run:
         batcher: ContinuousBatcher | None = None,
         make_generator: Callable[[Reports], Generator] | None = None,
         resumed_step: int | None = None,
+        groups: bytes | None = None,
+        log_position: int | None = None,
     ) -> None:
         self.folder, self.rules = folder, dataclasses.replace(RULES, num_steps=num_steps)
         folder.mkdir(exist_ok=True)
@@ -164,6 +171,7 @@ class Run:
         state = train_state or TrainState(jax.tree.map(jnp.copy, PARAMS), {}, jnp.zeros((), jnp.int32))
         self.metrics = MetricsWriter(folder, resumed_step=resumed_step)
         self.rollouts = RolloutWriter(folder, resumed_step=resumed_step)
+        self.log = EventLog(folder / LOG_FILE, log_position)
 
         def make_verifiers(on_result: OnResult) -> FakePool:
             self.pool = FakePool(on_result, judge, seed, longest_delay)
@@ -181,10 +189,11 @@ class Run:
             checkpoints=self.checkpoints,
             metrics=self.metrics,
             rollouts=self.rollouts,
+            log=self.log,
             on_step=lambda step, metrics: None,
             warn=self.warn,
         )
-        self.loop = AsyncLoop(self.rules, schedule or State(), state, stages, folder=folder, deadline=deadline)
+        self.loop = AsyncLoop(self.rules, schedule or State(), state, stages, deadline=deadline, groups=groups)
 
     def warn(self, sentence: str) -> None:
         """The user reads it and gives up."""
@@ -209,13 +218,17 @@ class Run:
         try:
             return self.loop.run()
         finally:
-            self.metrics.close()
-            self.rollouts.close()
+            for file in (self.metrics, self.rollouts, self.log):
+                file.close()
 
     @property
     def trained(self):
         """Request ids in the order of training."""
         return [graded.rollout.request_id for _, groups in self.batches for group in groups for graded in group]
+
+    def records(self, kind: type[R]) -> list[R]:
+        """Of the event log."""
+        return [record for _, record in read_log(self.folder / LOG_FILE) if isinstance(record, kind)]
 
     def lines(self, name: str) -> list[dict[str, Any]]:
         return [json.loads(line) for line in (self.folder / name).read_text().splitlines()]
@@ -286,9 +299,9 @@ def test_a_verifiers_failure_is_never_a_reward(usual: tuple[Run, State]):
     run, state = usual
     assert state.counts["verifier_failed"] > 0
     assert not any(request_id % 6 in (2, 3) for request_id in run.trained)  # neither it nor the rest of its group
-    rewards = {e["request_id"]: e["reward"] for e in run.lines("events.jsonl") if e["event"] == "Verified"}
-    for request_id, reward in rewards.items():
-        assert reward == (None if request_id % 6 == 3 else pytest.approx(0.1 + 0.9 * (request_id % 2)))
+    for verified in run.records(Verified):
+        odd = verified.request_id % 2
+        assert verified.parts == (None if verified.request_id % 6 == 3 else [0.1, 0.9 * odd, 0.0, 0.0])
 
 
 def test_a_policy_that_is_never_rewarded_is_not_left_to_itself(tmp_path: pathlib.Path):
@@ -337,8 +350,8 @@ def test_what_is_written_is_what_was_trained(usual: tuple[Run, State]):
         assert (line["verify_queue_seconds"], line["verify_seconds"]) in ((2.0, 3.0), (0.0, 0.0))  # 0: none was graded
     assert sum(line["verifier_kills"] for line in metrics) <= len(run.pool.submitted)
     assert state.counts["trained"] == 16
-    log = run.lines("events.jsonl")
-    assert collections.Counter(event["event"] for event in log)["Trained"] == 4
+    assert [trained.step for trained in run.records(Trained)] == [1, 2, 3, 4]
+    assert [i for trained in run.records(Trained) for i in trained.group_ids] == [i // 2 for i in run.trained[::2]]
     assert list(run.checkpoints.saved) == [2, 4]
 
 
@@ -356,6 +369,11 @@ def test_checkpoints_hold_the_weights_of_their_step(usual: tuple[Run, State]):
 # --- generators in processes -----------------------------------------------------------------------------------------
 
 
+def pid_of(process: GeneratorProcess) -> int:
+    assert isinstance(process.endpoint, WorkerProcess)
+    return process.endpoint.process.pid
+
+
 class Killing(GeneratorFleet):
     """Kills a generator that is at work, just when it has been given another group."""
 
@@ -367,7 +385,7 @@ class Killing(GeneratorFleet):
         (chosen,) = (p for p, count in zip(self.processes, before, strict=True) if p.num_unfinished > count)
         if self.killed is None and chosen.usage().num_tokens:
             self.killed = chosen.number
-            os.kill(chosen.pid, signal.SIGKILL)
+            os.kill(pid_of(chosen), signal.SIGKILL)
 
 
 class InProcesses(Run):
@@ -383,7 +401,11 @@ class InProcesses(Run):
         weights = SharedWeights()
         settings = EngineSettings(MODEL, ENGINE, (0, 1), 3, "float32")
         make = lambda number, reports: GeneratorProcess(
-            number, settings, weights, reports, log=self.folder / f"generator_{number}.log"
+            number,
+            settings,
+            weights,
+            reports,
+            launch=lambda: WorkerProcess(self.folder / f"generator_{number}.log", {}),
         )
         self.fleet = Killing(make, weights, reports, num_generators=2, max_restarts=1)
         return self.fleet
@@ -394,12 +416,14 @@ def test_nothing_is_lost_or_doubled_when_a_generator_is_killed(tmp_path: pathlib
     check_books(run, run.run())
     (warning,) = run.warnings
     assert re.match(rf"Generator {run.fleet.killed} was killed by SIGKILL\. Its [1-9]\d* unfinished", warning)
-    (note,) = (line for line in run.lines("events.jsonl") if "note" in line)
-    assert note == {"note": "generator_lost", "generator": run.fleet.killed, "sentence": warning}
+    assert run.fleet.killed is not None
+    assert run.records(Noted) == [Noted("generator_lost", run.fleet.killed, warning)]
+    # Its replacement is another engine of the same generator.
+    assert {(took.engine, took.generator) for took in run.records(Took)} == {(0, 0), (1, 1), (2, run.fleet.killed)}
     metrics = run.lines("metrics.jsonl")
     assert sum(line["generators_lost"] for line in metrics) == 1
     assert all(0 <= line["generator_idle_share"] <= 1 for line in metrics)
-    assert all(not pathlib.Path(f"/proc/{process.pid}").exists() for process in run.fleet.processes)
+    assert all(not pathlib.Path(f"/proc/{pid_of(process)}").exists() for process in run.fleet.processes)
     # Both have worked, and what was begun again is what a whole run in a thread samples: the ids decide.
     sampled = {g.rollout.request_id: g.rollout for _, groups in run.batches for group in groups for g in group}
     first = {i: r.completion_ids for i, r in sampled.items() if not r.weight_version.any()}
@@ -431,7 +455,13 @@ def test_a_stop_and_a_resume_train_everything_once(tmp_path: pathlib.Path):
     _, saved = first.checkpoints.saved[2]
 
     second = Run(
-        tmp_path / "run", schedule=from_saved(saved), seed=5, train_state=first.loop.train_state, resumed_step=2
+        tmp_path / "run",
+        schedule=from_saved(saved),
+        seed=5,
+        train_state=first.loop.train_state,
+        resumed_step=2,
+        groups=first.checkpoints.groups[2],
+        log_position=saved["log_position"],
     )
     state = second.run()
     assert state.num_done == 4
@@ -442,8 +472,14 @@ def test_a_stop_and_a_resume_train_everything_once(tmp_path: pathlib.Path):
     counts = dict(state.counts)
     assert counts.pop("dispatched") == sum(counts.values()) + 2 * len(state.outstanding())
     assert [line["step"] for line in second.lines("metrics.jsonl")] == [1, 2, 3, 4]
-    versions = {v for _, groups in second.batches for g in groups for m in g for v in m.rollout.weight_version.tolist()}
-    assert min(versions) == 2  # weights before the first rollout, and versions go on
+    # What was complete is trained as it was; what is sampled has the weights before the first rollout.
+    kept = {group_id for group_id, _ in saved["ready"]}
+    for _, groups in second.batches:
+        for member in (member for group in groups for member in group):
+            if member.rollout.request_id // 2 not in kept:
+                assert member.rollout.weight_version.min() >= 2
+    assert kept <= {request_id // 2 for request_id in second.trained} | set(state.outstanding())
+    assert [trained.step for trained in second.records(Trained)] == [1, 2, 3, 4]
 
 
 # --- whoever fails ---------------------------------------------------------------------------------------------------

@@ -91,6 +91,9 @@ class World:
         self.dispatched: dict[int, int] = {}  # group -> version
         self.reward_of: dict[int, float | None] = {}  # request -> what its verification will say
         self.verified: set[int] = set()
+        for group_id in self.first_state.ready:  # kept over a resume: graded before
+            self.reward_of |= {request_id: float(request_id) for request_id in self.members(group_id)}
+            self.verified |= set(self.members(group_id))
         self.trained: list[int] = []
         self.discarded: dict[int, str] = {}
         self.actions: list[machine.Action] = []
@@ -147,7 +150,8 @@ class World:
                     assert group_id not in self.trained
                     assert self.fate(group_id) == "trained"
                     assert set(self.members(group_id)) <= self.verified
-                    assert number - self.dispatched[group_id] <= self.rules.max_staleness
+                    version = {**self.first_state.ready, **self.dispatched}[group_id]
+                    assert number - version <= self.rules.max_staleness
                 self.trained += group_ids
                 self.after(self.random.expovariate(1 / self.train_time), Trained())
             case Checkpoint(number):
@@ -248,7 +252,9 @@ def test_a_stopped_run_goes_on_where_it_was(world: Any, stop_after: int, data: s
     again, fresh = list(saved.again), range(saved.next_group, resumed.state.next_group)
     assert list(resumed.dispatched) == [*again, *fresh][: len(resumed.dispatched)]  # outstanding ones first
     assert not ended & set(resumed.dispatched)
-    assert ended | {*again} == set(range(saved.next_group))
+    assert ended | {*again, *saved.ready} == set(range(saved.next_group))
+    # What was complete is trained as it is, and never sampled again.
+    assert not {*saved.ready} & set(resumed.dispatched)
     assert [action.version for action in resumed.of(Publish)] == [saved.num_done + n for n in (1, 2, 3, 4)]
     assert len(resumed.trained) == len(set(resumed.trained)) == 4 * more.batch_size // more.group_size
 
@@ -369,8 +375,15 @@ def test_a_stop_lets_the_trainer_finish_and_begins_nothing():
     final, (actions,) = drive(SIMPLE, Trained(), state=state)
     assert actions == [Publish(2), Checkpoint(2), Finish()]
     assert saved_and_loaded(final) == State(
-        next_group=final.next_group, again=final.outstanding(), num_done=2, counts=final.counts
+        next_group=final.next_group,
+        again=(6, 7),
+        ready=final.ready,
+        num_by_version={0: 2},
+        num_ready_by_version={0: 2},
+        num_done=2,
+        counts=final.counts,
     )
+    assert dict(final.ready) == {4: 0, 5: 0}
 
 
 def test_a_stop_without_a_batch_in_the_trainer_ends_at_once():
@@ -384,9 +397,13 @@ def test_a_run_killed_while_training_trains_that_batch_again():
     state, _ = drive(SIMPLE, Started(), *grade(0), *grade(1), *grade(2))
     assert state.training == (0, 1)
     saved = saved_and_loaded(state)
-    assert (saved.num_done, saved.again) == (0, (0, 1, 2, 3, 4, 5, 6)[: saved.next_group])
+    assert (saved.num_done, saved.again, dict(saved.ready)) == (
+        0,
+        (3, 4, 5, 6)[: saved.next_group - 3],
+        {0: 0, 1: 0, 2: 0},
+    )
     _, (actions,) = drive(SIMPLE, Started(), state=saved)
-    assert actions == [Dispatch(0), Dispatch(1), Dispatch(2), Dispatch(3)]
+    assert actions[:2] == [Train(0, (0, 1)), Dispatch(3)]
 
 
 def test_a_resumed_run_that_has_all_its_steps_ends_at_once():

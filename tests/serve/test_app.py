@@ -47,6 +47,11 @@ def test_health_and_metrics(service: Any):
         ({"n": 10**20}, 400, f"1 prompts times `n` {10**20} are {10**20} completions; the limit is 12."),
         ({"prompt": ["a"] * 7, "n": 2}, 400, "7 prompts times `n` 2 are 14 completions; the limit is 12."),
         ({"max_tokens": 801}, 400, "`max_tokens` is 801; the limit is 800."),
+        (
+            {"logprobs": 2},
+            400,
+            "`logprobs` is 2; this service reports at most 1 (`serve.max_top_logprobs`).",
+        ),
         ({"max_tokens": 0}, 400, "`max_tokens` is 0, which goes with `echo` and `n` 1 only."),
         ({"presence_penalty": 1}, 400, "`presence_penalty` (1) is not supported by this service."),
     ],

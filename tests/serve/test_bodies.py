@@ -42,7 +42,7 @@ JSON = "The body is not valid JSON: Expecting property name enclosed in double q
         (PROMPT | {"top_k": 2**40}, "`top_k` must be a whole number; 0 and -1 switch it off, not 1099511627776."),
         (PROMPT | {"stop": [""]}, STOPS + 'not [""].'),
         (PROMPT | {"stop": ["x"] * 17}, STOPS + "not " + json.dumps(["x"] * 17)[:57] + "…."),
-        (PROMPT | {"logprobs": 5}, "`logprobs` must be 0 or 1; more alternatives are not reported, not 5."),
+        (PROMPT | {"logprobs": 21}, "`logprobs` must be a whole number from 0 to 20, not 21."),
         (
             PROMPT | {"stream_options": {"x": 1}},
             '`stream_options` must be an object such as {include_usage: true}, not {"x": 1}.',
@@ -68,7 +68,7 @@ def test_a_wrong_completion_body_is_one_sentence(data: Any, sentence: str):
         {"messages": [{"role": "assistant", "content": "x", "tool_calls": [{}]}]},
         {"tools": [{"type": "function"}]},
         {"response_format": {"type": "json_object"}},
-        {"top_logprobs": 2},
+        {"top_logprobs": 21},
         {"logprobs": 1},
         {"model": 3},
         {"half \ud800": 1},

@@ -288,3 +288,37 @@ def test_too_many_requests_are_sent_away_and_those_who_wait_are_served(service: 
         for future in waiting:
             assert future.result().status_code == 200
     assert service.text("abc", max_tokens=2) is not None
+
+
+# ---- alternatives ---------------------------------------------------------------------------------------------------
+
+
+def test_the_most_probable_tokens_stand_beside_what_was_sampled(start: Any, service: Any):
+    with start(serve__max_top_logprobs=3) as running:
+        settings = {"model": "tiny", "prompt": "abc", "max_tokens": 30, "seed": 6}
+        (choice,) = running.openai.completions.create(**settings, logprobs=3).choices
+        # Looking for them changes no sample.
+        assert choice.text == service.text("abc", max_tokens=30, seed=6)
+        for token, logprob, top in zip(
+            choice.logprobs.tokens, choice.logprobs.token_logprobs, choice.logprobs.top_logprobs, strict=True
+        ):
+            assert len(top) in (3, 4)  # what was sampled stands there too, if it is none of them
+            assert logprob in top.values() or token in top
+            assert sorted(list(top.values())[:3], reverse=True) == list(top.values())[:3]
+            assert sum(np.exp(list(top.values()))) <= 1 + 1e-5
+        streamed = [
+            event.choices[0] for event in running.openai.completions.create(**settings, logprobs=3, stream=True)
+        ]
+        pieces = [entry for piece in streamed for entry in piece.logprobs.top_logprobs]
+        assert pieces == choice.logprobs.top_logprobs
+
+        greedy = {"model": "tiny", "messages": MESSAGES, "max_tokens": 20, "temperature": 0, "logprobs": True}
+        (chat,) = running.openai.chat.completions.create(**greedy, top_logprobs=2).choices
+        for entry in chat.logprobs.content:
+            first, second = entry.top_logprobs
+            assert (first.token, first.bytes) == (entry.token, entry.bytes)
+            assert first.logprob == pytest.approx(entry.logprob, abs=1e-6)
+            assert second.logprob <= first.logprob
+        refused = running.http.post("/v1/completions", json=settings | {"logprobs": 4})
+        assert refused.status_code == 400
+        assert "at most 3" in refused.json()["error"]["message"]

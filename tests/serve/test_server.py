@@ -4,6 +4,7 @@ import concurrent.futures
 import socket
 from typing import Any
 
+import httpx
 import openai
 import pytest
 
@@ -74,3 +75,13 @@ def test_a_port_that_is_taken_is_one_sentence():
 def test_the_address_is_one_to_connect_to():
     with bind("127.0.0.1", 0) as bound:
         assert address_of(bound) == f"http://127.0.0.1:{bound.getsockname()[1]}"
+
+
+def test_connections_beyond_the_bound_are_answered_with_503(start: Any):
+    with start(serve__max_connections=2) as running:
+        running.http.close()  # its connection counts as well
+        address = ("127.0.0.1", int(running.url.rsplit(":", 1)[1]))
+        status = lambda: httpx.get(f"{running.url}/health", timeout=60).status_code
+        with socket.create_connection(address), socket.create_connection(address):
+            running.wait_for(lambda: status() == 503)
+        running.wait_for(lambda: status() == 200)

@@ -291,6 +291,26 @@ def test_sft_fits_a_batch_without_a_retrace_consumes_the_state_and_reads_nothing
     assert int(state.num_updates) == 30
 
 
+def test_batches_of_any_lengths_meet_four_programs():
+    step, rng = recording_step(), np.random.default_rng(0)
+
+    def draw() -> Batch:
+        """1 to 8 sequences of 2 to 24 tokens, in one row each or packed."""
+        lengths = [(int(n), int(rng.integers(1, 25 - n))) for n in rng.integers(1, 24, rng.integers(1, 9))]
+        return cut(24, 1, sequences=make_sequences(lengths, seed=int(rng.integers(1000))))
+
+    state = init_state(jax.tree.map(jnp.copy, PARAMS), RECORDER)
+    batches = [draw() for _ in range(60)]
+    first = {batch.tokens.shape: batch for batch in batches}
+    assert sorted(first) == [(1, 1, 24), (2, 1, 24), (4, 1, 24), (8, 1, 24)]  # powers of two and nothing else
+    for batch in first.values():
+        state, _ = step(state, batch, None)
+    with jax.no_tracing():
+        for batch in [*batches, *(draw() for _ in range(60))]:
+            state, metrics = step(state, batch, None)
+            assert np.isfinite(float(metrics["grad_norm"].total))
+
+
 # --- what is learnt --------------------------------------------------------------------------------------------------
 
 

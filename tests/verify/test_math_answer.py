@@ -139,7 +139,7 @@ def test_hostile_answers_end_soon_and_are_not_right(text: str):
     start = time.process_time()
     for answer, reference in ((text, "5"), ("5", text), (text, text + "+1")):
         verdict, _ = grade_math(answer, reference)
-        assert verdict in (Verdict.WRONG, Verdict.UNPARSABLE, Verdict.TOO_LARGE)
+        assert verdict in (Verdict.WRONG, Verdict.UNPARSABLE, Verdict.TOO_LARGE, Verdict.TIMEOUT)
     assert time.process_time() - start < 10
 
 
