@@ -5,6 +5,7 @@ import contextlib
 import json
 import os
 import pathlib
+import re
 import shutil
 import signal
 import socket
@@ -309,12 +310,11 @@ def test_a_full_disk_is_one_sentence_and_with_room_the_run_goes_on(
         env=os.environ | CACHE,
     )
     assert result.returncode == 2, result.stderr
-    # No traceback of ours. (Now and then one comes from TensorStore, whose pending writes find Orbax's loop closed; it
-    # may follow our sentence, as that thread outlives it.)
+    # No traceback of ours. (Now and then one comes from TensorStore, whose pending writes find Orbax's loop closed, on
+    # its own thread: before, behind, or on the very line of our sentence.)
     assert "/magistral_jax/" not in result.stderr, result.stderr
-    (sentence,) = [line for line in result.stderr.splitlines() if line.startswith("error: ")]
-    assert sentence.startswith("error: Could not write ")
-    assert sentence.endswith(f"The latest complete one is {STEPS}; free some space and resume from it.")
+    last = f"The latest complete one is {STEPS}; free some space and resume from it."
+    assert re.search("error: Could not write [^\n]*" + re.escape(last), result.stderr), result.stderr
     step, state, _ = restored(folder, tiny.model())
     assert step == STEPS
     jax.tree.map(np.testing.assert_array_equal, load_params(finished_run / "policy", tiny.config), state.params)
@@ -404,7 +404,9 @@ def test_a_generator_that_joins_samples_and_when_it_is_gone_the_run_ends_with_a_
     said = capsys.readouterr().err.splitlines()
     assert f"waiting for generators: magistral-jax generator {joining.address}" in said
     assert "weights go to the generators by tcp (generation.plane = auto)" in said
-    assert said[-1].startswith(f"error: The generator failed: No generator has joined at {joining.address} for 15 s")
+    # Both wait for as long, the fleet for a generator and the schedule for any news: the first to lose patience speaks.
+    nobody_joined = f"error: The generator failed: No generator has joined at {joining.address} for 15 s"
+    assert said[-1].startswith((nobody_joined, "error: No role reported anything for 15 s"))
     stopped_at = len(lines(folder, "metrics.jsonl"))
     assert restored(folder, tiny.model())[0] == stopped_at >= 2
     assert all(line["logprob_gap"] < 1e-4 for line in lines(folder, "metrics.jsonl")[:1])
