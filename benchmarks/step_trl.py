@@ -1,6 +1,6 @@
 """TRL's side of `train_step.py`: the loss of its GRPOTrainer on a transformers model (torch, CPU), and AdamW.
 
-python -m venv VENV && VENV/bin/pip install trl torch --extra-index-url https://download.pytorch.org/whl/cpu
+python -m venv VENV && VENV/bin/pip install trl torch
 """
 
 import os

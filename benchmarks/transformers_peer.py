@@ -1,6 +1,6 @@
 """Hugging Face transformers 5 on the CPU as the other side: `generate` on padded batches, and continuous batching.
 
-    pip install "transformers>=5" torch --extra-index-url https://download.pytorch.org/whl/cpu
+    pip install "transformers>=5" torch
 
 Everything that is timed is the library's own code, float32, scaled-dot-product attention, plain sampling at
 temperature 1. `generate` gets a criterion that ends each row at its own limit: the row yields nothing more, the batch
