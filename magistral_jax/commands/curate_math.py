@@ -5,8 +5,6 @@ import pathlib
 from collections.abc import Callable, Sequence
 from typing import Any
 
-import jax.numpy as jnp
-
 from magistral_jax.commands.curate import load_raw, start_folder, write_results
 from magistral_jax.commands.progress import progress_bar
 from magistral_jax.commands.setup import (
@@ -14,9 +12,8 @@ from magistral_jax.commands.setup import (
     completion_text,
     load_model,
     load_prompts,
-    make_batcher,
+    make_sampler,
     make_verifiers,
-    place_engine,
     think_tags,
 )
 from magistral_jax.config import Config
@@ -27,7 +24,6 @@ from magistral_jax.curate.math_format import open_format
 from magistral_jax.data.overlap import Removal
 from magistral_jax.evaluate import FIRST_REQUEST, extract_answer, generate_all
 from magistral_jax.generate.batching import ContinuousBatcher
-from magistral_jax.publish.same_process import make_publish
 from magistral_jax.records import Problem, Prompt, SamplingParams, Verdict
 from magistral_jax.verify.extract import extract_answer as find_answer
 from magistral_jax.verify.pool import VerifierPool, VerifyItem
@@ -66,9 +62,7 @@ def _if_fitting(problem: Problem, fitting: set[str]) -> Problem | Removal:
 def _sample(config: Config, folder: pathlib.Path, model: Model, prompts: list[Prompt]) -> list[Score]:
     """A score for each prompt, from the journal of the folder or from samples."""
     with progress_bar("sampling") as report, make_verifiers(config) as verifiers:
-        batcher = make_batcher(config, model)
-        publish = make_publish(model.config, jnp.dtype(config.policy.dtype), None, *place_engine(config, model))
-        batcher.set_weights(publish(model.params), 0)
+        batcher = make_sampler(config, model)
         records = in_chunks(
             prompts,
             sampler(config, model, batcher, verifiers),

@@ -4,8 +4,6 @@ import functools
 import json
 import pathlib
 
-import jax.numpy as jnp
-
 from magistral_jax import evaluate as evaluation
 from magistral_jax.commands.progress import progress_bar
 from magistral_jax.commands.setup import (
@@ -14,9 +12,8 @@ from magistral_jax.commands.setup import (
     load_evaluation_problems,
     load_model,
     load_prompts,
-    make_batcher,
+    make_sampler,
     make_verifiers,
-    place_engine,
     say,
     say_warnings,
     think_tags,
@@ -24,7 +21,6 @@ from magistral_jax.commands.setup import (
 from magistral_jax.config import Config
 from magistral_jax.generate.batching import ContinuousBatcher
 from magistral_jax.metrics import replace_text
-from magistral_jax.publish.same_process import make_publish
 from magistral_jax.records import Prompt
 from magistral_jax.studies.pass_at_k import EvaluationSummary
 
@@ -34,9 +30,7 @@ def evaluate(config: Config) -> None:
     say_warnings(config)
     model = load_model(config)
     prompts = load_prompts(config, model.tokenizer, load_evaluation_problems(config))
-    batcher = make_batcher(config, model)
-    publish = make_publish(model.config, jnp.dtype(config.policy.dtype), None, *place_engine(config, model))
-    batcher.set_weights(publish(model.params), 0)
+    batcher = make_sampler(config, model)
     summary = score_policy(config, model, batcher, prompts, title="evaluation")
     print(json.dumps(summary.to_dict()))  # noqa: T201 (the result, for a program to read)
 

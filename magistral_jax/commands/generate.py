@@ -2,21 +2,17 @@
 
 import json
 
-import jax.numpy as jnp
-
 from magistral_jax.commands.progress import progress_bar
 from magistral_jax.commands.setup import (
     completion_text,
     load_evaluation_problems,
     load_model,
     load_prompts,
-    make_batcher,
-    place_engine,
+    make_sampler,
     say_warnings,
 )
 from magistral_jax.config import Config
 from magistral_jax.evaluate import generate_all
-from magistral_jax.publish.same_process import make_publish
 from magistral_jax.records import SamplingParams
 
 
@@ -25,9 +21,7 @@ def generate(config: Config) -> None:
     say_warnings(config)
     model = load_model(config)
     prompts = load_prompts(config, model.tokenizer, load_evaluation_problems(config))
-    batcher = make_batcher(config, model)
-    publish = make_publish(model.config, jnp.dtype(config.policy.dtype), None, *place_engine(config, model))
-    batcher.set_weights(publish(model.params), 0)
+    batcher = make_sampler(config, model)
     settings = config.evaluation
     sampling = SamplingParams(settings.temperature, settings.top_p, 0, config.generation.max_new_tokens)
     with progress_bar("generation") as report:

@@ -34,6 +34,7 @@ from magistral_jax.policy.pages import PageReader
 from magistral_jax.policy.sharding import check_mesh, generator_shardings, make_generator_mesh, param_shardings
 from magistral_jax.policy.transformer import init_params
 from magistral_jax.publish.planes import choose_plane
+from magistral_jax.publish.same_process import make_publish
 from magistral_jax.records import MagistralError, Problem, Prompt, Reward
 from magistral_jax.verify.code_tests import select_tests
 from magistral_jax.verify.pool import VerifierPool
@@ -158,6 +159,14 @@ def make_batcher(config: Config, model: Model, trainer: Mesh | None = None, *, n
     stop_ids = tuple(model.tokenizer.stop_ids)
     batcher = ContinuousBatcher(model.config, generation, stop_ids, config.run.seed, mesh, num_top)
     say(describe_engine(generation, batcher.reader))
+    return batcher
+
+
+def make_sampler(config: Config, model: Model) -> ContinuousBatcher:
+    """An engine that holds the weights of the model folder, as version 0: for commands that do not train."""
+    batcher = make_batcher(config, model)
+    publish = make_publish(model.config, jnp.dtype(config.policy.dtype), None, *place_engine(config, model))
+    batcher.set_weights(publish(model.params), 0)
     return batcher
 
 

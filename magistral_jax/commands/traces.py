@@ -4,8 +4,6 @@ import json
 from collections.abc import Callable, Sequence
 from typing import Any
 
-import jax.numpy as jnp
-
 from magistral_jax.commands.curate import start_folder
 from magistral_jax.commands.problems import load_training_problems
 from magistral_jax.commands.progress import progress_bar
@@ -15,10 +13,9 @@ from magistral_jax.commands.setup import (
     load_evaluation_problems,
     load_model,
     load_prompts,
-    make_batcher,
+    make_sampler,
     make_verifiers,
     open_run,
-    place_engine,
     say,
 )
 from magistral_jax.config import Config
@@ -26,7 +23,6 @@ from magistral_jax.curate.journal import in_chunks, write_atomically
 from magistral_jax.data.trace_choice import Candidate, choose_traces
 from magistral_jax.evaluate import FIRST_REQUEST, generate_all
 from magistral_jax.generate.batching import ContinuousBatcher
-from magistral_jax.publish.same_process import make_publish
 from magistral_jax.records import MagistralError, Prompt, SamplingParams, Verdict
 from magistral_jax.verify.language import LanguageOutcome, classify
 from magistral_jax.verify.pool import VerifierPool, VerifyItem
@@ -45,9 +41,7 @@ def traces(config: Config) -> None:
     prompts = load_prompts(config, model.tokenizer, load_training_problems(config, held_out).problems)
     start_folder(config, folder)
     with progress_bar("sampling") as report, make_verifiers(config) as verifiers:
-        batcher = make_batcher(config, model)
-        publish = make_publish(model.config, jnp.dtype(config.policy.dtype), None, *place_engine(config, model))
-        batcher.set_weights(publish(model.params), 0)
+        batcher = make_sampler(config, model)
         records = in_chunks(
             prompts,
             sampler(config, model, batcher, verifiers),
