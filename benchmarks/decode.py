@@ -33,6 +33,7 @@ from typing import Any, Literal
 
 import decode_work
 import jax
+import jax.numpy as jnp
 import machine
 import numpy as np
 import tunix_peer
@@ -40,8 +41,9 @@ import tyro
 from decode_work import Work
 from rich.table import Table
 
+from magistral_jax.policy.config import ModelConfig
 from magistral_jax.policy.hf_folder import save_folder
-from magistral_jax.policy.transformer import init_params
+from magistral_jax.policy.transformer import forward, init_params, logits
 
 Case = Literal["full", "ragged", "group", "long_tail"]
 
@@ -136,6 +138,17 @@ def sides(args: Args, folder: pathlib.Path) -> Iterator[list[Side]]:
         yield started
 
 
+def write_model(folder: pathlib.Path, model: ModelConfig) -> None:
+    """What all sides load: random weights, and logits of ours by which a side shows that it runs the same network."""
+    params = init_params(model, jax.random.key(0))
+    save_folder(folder, params, model, model_type="llama")
+    (folder / "magistral_model.json").write_text(json.dumps(dataclasses.asdict(model)), encoding="utf-8")
+    tokens = jax.random.randint(jax.random.key(1), (2, 64), 1, model.vocab_size)
+    positions = jnp.broadcast_to(jnp.arange(64)[None], tokens.shape)
+    hidden, _ = forward(params, model, tokens, positions, jnp.ones_like(tokens))
+    decode_work.save_probe(folder, np.asarray(tokens), np.asarray(logits(params, model, hidden)))
+
+
 def make_work(args: Args, case: Case) -> Work:
     """The requests of a case; the same in each run of this script."""
     rng = np.random.default_rng(0)
@@ -211,8 +224,7 @@ def main(args: Args) -> None:
     model = args.model()
     with tempfile.TemporaryDirectory() as scratch:
         folder = pathlib.Path(scratch) / "model"
-        save_folder(folder, init_params(model, jax.random.key(0)), model, model_type="llama")
-        (folder / "magistral_model.json").write_text(json.dumps(dataclasses.asdict(model)), encoding="utf-8")
+        write_model(folder, model)
         cases: dict[str, dict[str, Any]] = {}
         with sides(args, folder) as contestants:
             for case in args.cases:

@@ -6,6 +6,7 @@ Imports NumPy alone: a side's environment need not have jax.
 import dataclasses
 import json
 import pathlib
+from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -53,6 +54,27 @@ def read_model(folder: pathlib.Path) -> "ModelConfig":
     return ModelConfig(**json.loads((folder / "magistral_model.json").read_text(encoding="utf-8")))
 
 
+_PROBE = "probe.npz"
+_LARGEST_GAP = 1e-3  # between logits of two float32 implementations; those of a random policy are of order 1
+
+
+def save_probe(folder: pathlib.Path, tokens: np.ndarray, logits: np.ndarray) -> None:
+    """Leave tokens [B, T] and what the model in `folder` makes of them [B, T, V] for `check_probe`."""
+    np.savez(folder / _PROBE, tokens=tokens, logits=logits)
+
+
+def check_probe(folder: pathlib.Path, side: str, compute: Callable[[np.ndarray], np.ndarray]) -> None:
+    """Compare a side's logits with ours: both must hold the same network, or the comparison is void.
+
+    Raises:
+      ValueError: They differ.
+    """
+    with np.load(folder / _PROBE) as probe:
+        gap = float(np.abs(compute(probe["tokens"]) - probe["logits"]).max())
+    if not gap <= _LARGEST_GAP:
+        raise ValueError(f"the logits of {side} differ from ours by {gap:.2g}: these are two different models")
+
+
 def long_tail(rng: np.random.Generator, num: int, mean: int, cap: int) -> np.ndarray:
     """Log-normal lengths with standard deviation 1 of the logarithm, mean `mean` before the cut at `cap`."""
     lengths = rng.lognormal(np.log(mean) - 0.5, 1.0, num)
@@ -73,17 +95,21 @@ class Floor:
 
 
 def floor(model: "ModelConfig", work: Work, lengths: list[int], slots: int) -> Floor:
-    """Products and bytes: each distinct prompt once, each step reads the weights, each token its context (float32)."""
+    """Products and bytes (float32): each step reads the weights, each token its context, each distinct prompt once.
+
+    Reading a prompt ends with the keys and values of the last layer, and leaves the last token to the first step.
+    """
     heads, kv_heads = model.num_heads * model.head_dim, model.num_kv_heads * model.head_dim
     layer = 2 * model.d_model * (heads + kv_heads) + 3 * model.d_model * model.d_ff
     dense = model.num_layers * layer + model.d_model * model.vocab_size
+    read = (model.num_layers - 1) * layer + 2 * model.d_model * kv_heads
     prompt, done = work.prompts.shape[1], np.asarray(lengths, np.float64)
     contexts = float((done * prompt + done * done / 2).sum())  # tokens read, over all decode steps
     num_prompts = len(np.unique(work.prompts, axis=0))
     num_steps = max(done.max(), -(-done.sum() // slots))
-    attention = 4 * model.num_layers * heads
+    attention = 4 * heads  # of one layer, for each token of context
     return Floor(
-        prefill_flop=num_prompts * prompt * (2 * model.num_layers * layer + attention * prompt / 2),
-        decode_flop=2 * dense * float(done.sum()) + attention * contexts,
+        prefill_flop=num_prompts * (prompt - 1) * (2 * read + (model.num_layers - 1) * attention * prompt / 2),
+        decode_flop=2 * dense * float(done.sum()) + model.num_layers * attention * contexts,
         decode_bytes=4 * (dense * float(num_steps) + 2 * model.num_layers * kv_heads * contexts),
     )

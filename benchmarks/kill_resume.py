@@ -23,12 +23,13 @@ import sys
 import time
 from collections.abc import Callable
 
+from magistral_jax.commands.session import make_rules
 from magistral_jax.config import config_from_json
 from magistral_jax.metrics import METRICS_FILE, ROLLOUTS_FILE, read_json_lines
 from magistral_jax.schedule import machine
 from magistral_jax.schedule.event_log import LOG_FILE, Session, Trained, read_log, to_event
 from magistral_jax.schedule.replay import split_sessions
-from magistral_jax.schedule.state import Rules, State
+from magistral_jax.schedule.state import State
 
 MAIN = [sys.executable, "-c", "from magistral_jax.main import main; main()"]
 POLL_SECONDS = 0.002
@@ -124,13 +125,7 @@ def check_books(folder: pathlib.Path) -> dict[str, int]:
     state, ended = State(), collections.Counter[int]()
     num_trained = 0
     sessions = list(split_sessions(records))
-    config = config_from_json(sessions[0][0].config)  # what a resume may change is no rule of these
-    rules = Rules.of(
-        config.schedule,
-        group_size=config.batch.group_size,
-        batch_size=config.batch.batch_size,
-        filter_zero_variance=config.loss.filter_zero_variance,
-    )
+    rules = make_rules(config_from_json(sessions[0][0].config))  # what a resume may change is no rule of these
     for session, own in sessions:
         assert session.step == state.num_done
         for record in own:

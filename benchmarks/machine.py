@@ -1,7 +1,6 @@
-"""What every benchmark shares: side-by-side timing, the machine's own peak, the table, and the JSON line at the end."""
+"""What every benchmark shares: side-by-side timing, the machine's own peak, and what a figure means nothing without."""
 
 import importlib.metadata
-import json
 import os
 import platform
 import time
@@ -10,7 +9,6 @@ from typing import Any, NamedTuple
 
 import jax
 from rich.console import Console
-from rich.table import Table
 
 console = Console()
 
@@ -68,40 +66,6 @@ def setting(peak: Timing) -> dict[str, Any]:
         "gemm_gflop_per_s": round(peak.wall / 1e9, 1),
         "gemm_gflop_per_cpu_s": round(peak.cpu / 1e9, 1),
     }
-
-
-def compare(tokens: Mapping[str, float], timings: Mapping[str, Timing]) -> dict[str, float | None]:
-    """Tokens a second of "ours" and, where it ran, "peer", with their ratio; the same per CPU second."""
-    row: dict[str, float | None] = {}
-    for suffix, read in (("s", lambda t: t.wall), ("cpu_s", lambda t: t.cpu)):
-        for name in ("ours", "peer"):
-            speed = tokens[name] / read(timings[name]) if name in timings else None
-            row[f"{name}_tok_per_{suffix}"] = None if speed is None else round(speed, 1)
-    ours, peer = row["ours_tok_per_s"], row["peer_tok_per_s"]
-    ours_cpu, peer_cpu = row["ours_tok_per_cpu_s"], row["peer_tok_per_cpu_s"]
-    row["ratio"] = round(ours / peer, 2) if ours and peer else None
-    row["cpu_ratio"] = round(ours_cpu / peer_cpu, 2) if ours_cpu and peer_cpu else None
-    return row
-
-
-def report(title: str, cases: Mapping[str, Mapping[str, Any]], result: Mapping[str, Any]) -> None:
-    """The table of the cases, the setting, and as the last line all of it as one JSON object."""
-    table = Table(title=title, caption="tok/cpu-s counts the CPU seconds of all threads: steadier on a busy machine")
-    for column in ("", "ours\ntok/s", "peer\ntok/s", "ratio", "ours\ntok/cpu-s", "peer\ntok/cpu-s", "ratio", "of peak"):
-        table.add_column(column, justify="right" if column else "left")
-    number = lambda figure, digits: "-" if figure is None else f"{figure:,.{digits}f}"
-    for name, case in cases.items():
-        wall = [number(case["ours_tok_per_s"], 0), number(case["peer_tok_per_s"], 0), number(case["ratio"], 2)]
-        cpu = [number(case[key], 0) for key in ("ours_tok_per_cpu_s", "peer_tok_per_cpu_s")]
-        share = f"{case['ours_share_of_gemm_peak']:.0%}"
-        table.add_row(name, *wall, *cpu, number(case["cpu_ratio"], 2), share)
-    console.print(table)
-    console.print(
-        f"{result['cores']} cores, load {result['load_average']}; matrix products reach "
-        f"{result['gemm_gflop_per_s']} GFLOP/s here, {result['gemm_gflop_per_cpu_s']} per CPU second. "
-        '"of peak" is the share of the latter that our useful tokens need at the least.'
-    )
-    print(json.dumps({**result, **cases}), flush=True)
 
 
 def _version(name: str) -> str | None:

@@ -14,11 +14,10 @@ Milliseconds, the least of the repeats: `convert` is the jitted copy (cast and u
 on the device that receipts are compared to, `hand over` what follows until the trainer goes on: for shared memory and
 tcp one copy of all bytes, and their checksums. `acknowledged` is from the beginning of all that to the last receipt;
 `delivered` is the bytes of one generator over the time from the hand-over to the last receipt: copies, checks, loading,
-and the wait for the end of a block. `pause`
-is the longest time without finished completions around a swap less the usual one (median over the repeats);
-completions are one decode block long, so that each block shows. On a CPU generators and trainer share the cores, so it
-also holds what conversion, copies and checksums take from the engine. `memcpy` moves as many bytes from one warm place
-to another.
+and the wait for the end of a block. `pause` is the longest time between the ends of two blocks around a swap less the
+usual one (median over the repeats); completions are one decode block long, so that each block shows. On a CPU all
+share the cores, so it also holds what conversion, copies and checksums take from the engine. `memcpy` moves
+as many bytes from one warm place to another.
 """
 
 import dataclasses
@@ -113,14 +112,15 @@ class Feed:
         self._args, self._num_generators = args, num_generators
         self._next_id = 0
         self.receipts: queue.SimpleQueue[WeightVersion | Exception] = queue.SimpleQueue()
-        self.finished: list[list[float]] = [[] for _ in range(num_generators)]
+        # For each generator, when the first completion of each of its blocks came.
+        self.finished: list[dict[int, float]] = [{} for _ in range(num_generators)]
         self.generator: Generator | None = None
 
     def reports(self, number: int = 0) -> Reports:
         """Of one generator."""
 
         def on_rollout(rollout: Rollout) -> None:
-            self.finished[number].append(time.perf_counter())
+            self.finished[number].setdefault(rollout.engine_step, time.perf_counter())
             if self.generator is not None:
                 self.submit()
 
@@ -155,10 +155,8 @@ class Feed:
         """(median, longest) seconds between two ends of blocks of a generator, the longest over all of them."""
         medians, longest = [], []
         for times in self.finished:
-            inside = np.asarray([t for t in list(times) if since <= t <= until])
-            steps = np.diff(inside)
-            if len(steps):
-                blocks = steps[steps > steps.max() / 5]  # those of one block come close together
+            blocks = np.diff([t for t in list(times.values()) if since <= t <= until])
+            if len(blocks):
                 medians.append(float(np.median(blocks)))
                 longest.append(float(blocks.max()))
         return (max(medians), max(longest)) if medians else (0.0, 0.0)

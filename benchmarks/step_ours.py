@@ -18,7 +18,7 @@ def make_step(work: Workload) -> Callable[[], object]:
     """One update of AdamW, done when it returns; packing is part of it."""
     settings, folder = work.settings, work.folder / "model"
     model = read_model_config(folder)
-    policy = PolicyConfig(remat=settings["remat"], logprob_chunk=settings["logprob_chunk"])
+    policy = PolicyConfig(**{name: settings[name] for name in ("remat", "unroll", "logprob_chunk")})
     optimizer = optax.adamw(settings["learning_rate"], b1=0.9, b2=0.95)
     train_step = make_train_step(model, policy, grpo_objective(LossConfig()), optimizer)
     state = init_state(jax.tree.map(jnp.asarray, load_params(folder, model)), optimizer)

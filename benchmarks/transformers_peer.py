@@ -11,6 +11,7 @@ import pathlib
 from collections.abc import Callable
 from typing import Any
 
+import decode_work
 import numpy as np
 import torch
 import transformers
@@ -19,11 +20,17 @@ from decode_work import Work
 _PAD_ID = 0
 
 
-def _load(folder: pathlib.Path, attention: str) -> Any:
+def _load(folder: pathlib.Path) -> Any:
     transformers.logging.set_verbosity_error()
-    return transformers.AutoModelForCausalLM.from_pretrained(
-        folder, dtype=torch.float32, attn_implementation=attention
-    ).eval()
+    load = transformers.AutoModelForCausalLM.from_pretrained
+    model = load(folder, dtype=torch.float32, attn_implementation="sdpa").eval()
+
+    def logits(tokens: np.ndarray) -> np.ndarray:
+        with torch.inference_mode():
+            return model(torch.as_tensor(tokens.astype(np.int64))).logits.numpy()
+
+    decode_work.check_probe(folder, "transformers", logits)
+    return model
 
 
 def _sampling(**more: Any) -> transformers.GenerationConfig:
@@ -42,7 +49,7 @@ class _OwnLimits(transformers.StoppingCriteria):
 
 def make_generate(folder: pathlib.Path, work: Work, batch: int) -> Callable[[], list[np.ndarray]]:
     """A run over all requests, `batch` at a time."""
-    model = _load(folder, "sdpa")
+    model = _load(folder)
     num_prompt = work.prompts.shape[1]
     eos = list(work.stop_ids) or None
 
@@ -66,7 +73,7 @@ def make_generate(folder: pathlib.Path, work: Work, batch: int) -> Callable[[], 
 
 def make_continuous(folder: pathlib.Path, work: Work, batch: int) -> Callable[[], list[np.ndarray]]:
     """A run over all requests at once, at most `batch` of them at one time, through its manager."""
-    model = _load(folder, "sdpa")
+    model = _load(folder)
     page = 64
     settings = transformers.ContinuousBatchingConfig(
         page_size=page,

@@ -8,8 +8,10 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 import orbax.checkpoint as ocp
+from jax.sharding import Mesh
 from orbax.checkpoint.checkpoint_managers import AnyPreservationPolicy, BestN, LatestN
 
+from magistral_jax.policy.enqueue import turn
 from magistral_jax.pytrees import TrainState
 from magistral_jax.records import MagistralError
 
@@ -106,17 +108,17 @@ class Checkpoints:
         if self._announce is not None:
             self._announce(step, schedule, groups)
         reward = schedule.get(REWARD)
+        args = ocp.args.Composite(
+            state=ocp.args.StandardSave(_as_tree(state)),
+            schedule=ocp.args.JsonSave(schedule),
+            # With a byte in front, since an array of none cannot be saved.
+            groups=ocp.args.PyTreeSave({"bytes": np.frombuffer(b"\0" + groups, np.uint8)}),
+        )
+        # Several processes meet in a collective before they write.
+        devices = Mesh(np.array(jax.devices()), ("all",)) if jax.process_count() > 1 else None
         try:
-            self._manager.save(
-                step,
-                args=ocp.args.Composite(
-                    state=ocp.args.StandardSave(_as_tree(state)),
-                    schedule=ocp.args.JsonSave(schedule),
-                    # With a byte in front, since an array of none cannot be saved.
-                    groups=ocp.args.PyTreeSave({"bytes": np.frombuffer(b"\0" + groups, np.uint8)}),
-                ),
-                metrics=None if reward is None else {REWARD: reward},
-            )
+            with turn(devices):
+                self._manager.save(step, args=args, metrics=None if reward is None else {REWARD: reward})
         except (OSError, ValueError) as error:
             raise self._refusal(step, error) from error
 

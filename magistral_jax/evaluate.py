@@ -1,13 +1,14 @@
 """pass@1, pass@k and maj@k over held-out problems, with the engine and verifiers of training (report §5.1)."""
 
-from collections.abc import Callable, Sequence
+import dataclasses
+from collections.abc import Callable, Mapping, Sequence
 from typing import TypeVar
 
 import numpy as np
 
 from magistral_jax.data.config import EvaluationConfig
 from magistral_jax.generate.batching import ContinuousBatcher, GenerationRequest
-from magistral_jax.records import Graded, Prompt, Rollout, SamplingParams
+from magistral_jax.records import Graded, MagistralError, Prompt, Rollout, SamplingParams
 from magistral_jax.studies.pass_at_k import EvaluationSummary, Sample, summarize
 from magistral_jax.verify.format import FormatFault, last_boxed, split_completion
 from magistral_jax.verify.pool import VerifierPool, VerifyItem
@@ -34,8 +35,12 @@ def evaluate(
     The samples depend on the engine's seed and weights only, so two evaluations differ in the weights alone.
 
     Returns:
-      The scores, and the graded samples of each problem.
+      The scores, with parts where `config.by` names a column, and the graded samples of each problem.
+
+    Raises:
+      MagistralError: A problem has no such column.
     """
+    values = _values(prompts, config.by)
     sampling = SamplingParams(config.temperature, config.top_p, 0, max_new_tokens)
     rollouts = generate_all(prompts, batcher, sampling, num_samples=config.num_samples, on_progress=on_progress)
     texts = [decode(rollout.completion_ids) for rollout in rollouts]
@@ -58,8 +63,23 @@ def evaluate(
         for text, reward, rollout in zip(texts, rewards, rollouts, strict=True)
     ]
     graded = [Graded(rollout, reward) for rollout, reward in zip(rollouts, rewards, strict=True)]
-    summary = summarize(_by_problem(samples, config.num_samples), maj_k=config.num_samples)
-    return summary, _by_problem(graded, config.num_samples)
+    by_problem = _by_problem(samples, config.num_samples)
+    summary = summarize(by_problem, maj_k=config.num_samples)
+    parts = {
+        value: summarize([by_problem[place] for place in places], maj_k=config.num_samples)
+        for value, places in values.items()
+    }
+    return dataclasses.replace(summary, parts=parts), _by_problem(graded, config.num_samples)
+
+
+def _values(prompts: Sequence[Prompt], column: str) -> Mapping[str, list[int]]:
+    """Places of the prompts whose problems have each value of a column; nothing without a column."""
+    places: dict[str, list[int]] = {}
+    for place, prompt in enumerate(prompts if column else ()):
+        if column not in prompt.problem.extra:
+            raise MagistralError(f"problem {prompt.problem.id} has no column `{column}`, which `evaluation.by` names.")
+        places.setdefault(str(prompt.problem.extra[column]), []).append(place)
+    return dict(sorted(places.items()))
 
 
 def generate_all(

@@ -17,6 +17,7 @@ _COMMANDS = {
     "generate": "sample completions of the evaluation problems and print them",
     "serve": "answer OpenAI's clients over HTTP from a model folder",
     "traces": "right completions of a teacher, to fine-tune on",
+    "tokenizer": "a small tokenizer of your own, for a policy from random weights",
     "smollm2": "convert the packaged SmolLM2-135M-Instruct to a model folder",
     "export": "write the policy of a run as a Hugging Face folder",
 }
@@ -25,8 +26,10 @@ _TOOLS = {
     "sandbox": "check the sandbox, or run one program in it",
     "simulate": "run the schedule against a cost model: speed, staleness, the best split of devices",
     "curate": "choose training problems: format, difficulty, wrong references, tests of programs",
+    "translate": "a share of the English problems into other languages, by a chat endpoint",
     "replay": "do a recorded run again and compare: tokens, rewards, batches, parameters",
     "generator": "sample for a trainer on another host",
+    "recipe": "traces, fine-tuning and reinforcement learning in a row, over variants and seeds",
     "plan": "what a run would take of each device, from shapes alone",
 }
 """Commands with words of their own in the place of a configuration."""

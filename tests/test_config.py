@@ -8,7 +8,8 @@ from typing import Any
 
 import pytest
 
-from magistral_jax.config import FIELD_TYPES, INTERVALS, Config, check, config_from_json, dump, load
+from magistral_jax.checks import INTERVALS, check
+from magistral_jax.config import FIELD_TYPES, Config, config_from_json, dump, load
 from magistral_jax.records import MagistralError
 
 

@@ -22,7 +22,7 @@ from magistral_jax.config import Config
 from magistral_jax.generate.batching import ContinuousBatcher
 from magistral_jax.metrics import replace_text
 from magistral_jax.records import Prompt
-from magistral_jax.studies.pass_at_k import EvaluationSummary
+from magistral_jax.studies.pass_at_k import EvaluationSummary, parts_table
 
 
 def evaluate(config: Config) -> None:
@@ -32,6 +32,8 @@ def evaluate(config: Config) -> None:
     prompts = load_prompts(config, model.tokenizer, load_evaluation_problems(config))
     batcher = make_sampler(config, model)
     summary = score_policy(config, model, batcher, prompts, title="evaluation")
+    if summary.parts:
+        print(parts_table(summary, config.evaluation.by), end="")  # noqa: T201
     print(json.dumps(summary.to_dict()))  # noqa: T201 (the result, for a program to read)
 
 

@@ -12,8 +12,10 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
 
-from magistral_jax.commands.setup import say
+from magistral_jax.checks import check, stages_of
+from magistral_jax.commands.setup import check_positions, say
 from magistral_jax.config import Config, load
+from magistral_jax.data.curriculum import Stage, departures
 from magistral_jax.policy.config import MeshConfig, ModelConfig
 from magistral_jax.policy.hf_config import read_model_config
 from magistral_jax.policy.sharding import check_mesh, make_mesh
@@ -27,7 +29,9 @@ _DESCRIPTION = """Bytes that a run takes of each device, by category, and the co
 shapes alone: of the model folder (policy.path) only config.json is read, nothing is allocated, and the step is compiled
 for as many simulated CPU devices as are asked for. The mesh is the configuration's; where its product is another number
 of devices, mesh.fsdp is fitted. Attention counts as a fused kernel. Exit code 0: it fits; 1: it does not; 2: a mistake.
-Settings follow as for `train`: --section.key=value."""
+A curriculum's stages come with
+what they make of these bytes, and with the report's three invariants. Settings follow as for `train`:
+--section.key=value."""
 
 _RESERVE = 0.08  # of the memory: driver, NCCL's buffers, fragmentation
 _GIB = 2**30
@@ -50,15 +54,18 @@ def plan(words: Sequence[str]) -> None:
         raise MagistralError("`policy.path` is empty; expected a folder with the model's config.json.")
     model = read_model_config(config.policy.path)
     mesh_config = fit_mesh(config.mesh, args.devices)
+    config = fit_rows(config, mesh_config)
+    for warning in check(config):
+        say(f"warning: {warning}")
+    check_positions(config, model)
     simulate_devices(args.devices)
     mesh = make_mesh(mesh_config)
     check_mesh(model, mesh)
 
-    ranks = mesh_config.data * mesh_config.fsdp
-    rows = math.ceil(config.batch.rows_per_microbatch / ranks) * ranks
     optimizer = make_optimizer(config.optimizer, config.schedule.num_steps)
     state = abstract_state(model, mesh, optimizer, jnp.dtype(config.optimizer.param_dtype), config.policy)
     base = abstract_base(model, mesh, config.policy)
+    rows = config.batch.rows_per_microbatch
     shape = {"rows": rows, "row_tokens": config.batch.row_tokens}
     trainer = step_bytes(model, config.policy, state, mesh, base=base, **shape)
     num_params, num_trained = (size_of(tree) for tree in (state.params if base is None else base, state.params))
@@ -76,6 +83,8 @@ def plan(words: Sequence[str]) -> None:
         fits &= show_bytes("the trainer's devices that carry the engine as well", shared, args.memory)
     else:
         fits &= show_bytes(f"generator, each of {config.generation.tensor} devices", engine, args.memory)
+    if stages := stages_of(config):
+        show_stages(stages, config, engine["KV pages"])
     if not args.shapes_only:
         show_collectives(config, model, mesh, (state, abstract_batch(mesh, **shape), base))
     print_line("it fits" if fits else f"it does not fit into {args.memory:g} GiB")
@@ -96,6 +105,14 @@ def fit_mesh(mesh: MeshConfig, num_devices: int) -> MeshConfig:
             f"({rest})."
         )
     return dataclasses.replace(mesh, fsdp=num_devices // rest)
+
+
+def fit_rows(config: Config, mesh: MeshConfig) -> Config:
+    """The settings with this mesh; rows of a microbatch are rounded up to the ranks that share them."""
+    ranks = mesh.data * mesh.fsdp
+    rows = math.ceil(config.batch.rows_per_microbatch / ranks) * ranks
+    batch = dataclasses.replace(config.batch, rows_per_microbatch=rows)
+    return dataclasses.replace(config, mesh=mesh, batch=batch)
 
 
 def simulate_devices(count: int) -> None:
@@ -120,15 +137,59 @@ def size_of(tree: Any) -> int:
 def engine_bytes(model: ModelConfig, config: Config, num_params: int) -> dict[str, int]:
     """What an engine takes of each of its devices."""
     generation = config.generation
-    longest = generation.max_prompt_tokens + generation.max_new_tokens
-    num_pages = generation.num_pages or generation.num_slots * math.ceil(longest / generation.page_size)
     heads = 2 * model.num_layers * max(1, model.num_kv_heads // generation.tensor)
     value = jnp.dtype(generation.kv_dtype).itemsize
     scale = 4 if value == 1 else 0  # float32, for each token and head
     return {
         "generator's weights": num_params // generation.tensor * jnp.dtype(config.policy.dtype).itemsize,
-        "KV pages": num_pages * generation.page_size * heads * (model.head_dim * value + scale),
+        "KV pages": num_pages(config) * generation.page_size * heads * (model.head_dim * value + scale),
     }
+
+
+def num_pages(config: Config) -> int:
+    """Pages of an engine's pool."""
+    generation = config.generation
+    return generation.num_pages or generation.num_slots * pages_of(config, generation.max_new_tokens)
+
+
+def pages_of(config: Config, num_new_tokens: int) -> int:
+    """Pages of the longest sequence with so many new tokens."""
+    return math.ceil((config.generation.max_prompt_tokens + num_new_tokens) / config.generation.page_size)
+
+
+def show_stages(stages: Sequence[Stage], config: Config, pool_bytes: int) -> None:
+    """Print what each stage makes of the memory, and the invariants that hold between stages.
+
+    Args:
+      stages: Of the curriculum.
+      config: Of the run.
+      pool_bytes: Of an engine's KV pages on each of its devices.
+
+    Source: Magistral (arXiv:2506.10910), section 5.2.
+    """
+    pool, slots, batch = num_pages(config), config.generation.num_slots, config.batch
+    header = "stage, l_max, − l_cache, batch, minibatch, n_async, difficulty, KV GiB each, running, microbatches"
+    lines: list[tuple[str, ...]] = [tuple(header.split(", "))]
+    for stage in stages:
+        pages = pages_of(config, stage.max_length)
+        tokens = stage.minibatch_size * (config.generation.max_prompt_tokens + stage.max_length)
+        numbers = (stage.max_length, stage.free_length, stage.batch_size, stage.minibatch_size, stage.num_async)
+        lines.append(
+            (
+                stage.name,
+                *(f"{number:,}" for number in numbers),
+                "{:g} to {:g}".format(*stage.difficulty),
+                f"{pages * pool_bytes / pool / _GIB:.2f}",
+                f"{min(slots, pool // pages)} of {slots}",
+                f"{math.ceil(tokens / (batch.rows_per_microbatch * batch.row_tokens))}",
+            )
+        )
+    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+    print_line("\nstages, were every completion as long as it may be")
+    for line in lines:
+        print_line("  " + "  ".join(cell.rjust(width) for cell, width in zip(line, widths, strict=True)))
+    if not departures(stages):  # they are warnings of `check` already
+        print_line("  the report's invariants hold: problems get harder, l_max − l_cache grows, batches shrink (§5.2)")
 
 
 def show_bytes(title: str, parts: dict[str, int], memory: float) -> bool:

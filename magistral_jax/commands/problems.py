@@ -5,13 +5,14 @@ import json
 import pathlib
 from typing import Literal
 
+from magistral_jax.checks import stages_of
 from magistral_jax.commands.setup import EVALUATION_SEED, load_prompts, say
 from magistral_jax.config import Config
 from magistral_jax.data.config import DataConfig
 from magistral_jax.data.loader import PromptLoader
 from magistral_jax.data.overlap import Removal, counted, decontaminated, deduplicated
 from magistral_jax.data.rows import refuse
-from magistral_jax.data.sources import load_problems
+from magistral_jax.data.sources import GENERATORS, load_problems
 from magistral_jax.data.tokenizer import Tokenizer
 from magistral_jax.records import MagistralError, Problem
 
@@ -62,8 +63,9 @@ def load_training_problems(config: Config, evaluation: list[Problem]) -> Trainin
         held_out += load_problems(source, data.num_evaluation, EVALUATION_SEED)
     removed: list[Removal] = []
     loaded = [
-        (weight, source, load_source(source, data, config.run.seed, removed)) for weight, source in sources_of(data)
+        (weight, source, load_source(source, data, config.run.seed, removed)) for weight, source in all_sources(config)
     ]
+    loaded = _with_own_ids(loaded)
     _check_ids(loaded)
     num_loaded = sum(len(problems) for _, _, problems in loaded)
     kept = [problem for _, _, problems in loaded for problem in problems]
@@ -108,18 +110,49 @@ def sources_of(data: DataConfig) -> list[tuple[float, str]]:
         if not data.train:
             raise MagistralError("`data.train` is empty; expected a problem file or reasoning-gym:NAME.")
         return [(1.0, data.train)]
-    return [_part(words) for words in data.mixture]
+    return [_part(words, "data.mixture") for words in data.mixture]
 
 
-def _part(words: str) -> tuple[float, str]:
+def all_sources(config: Config) -> list[tuple[float, str]]:
+    """Weights and sources of all that is trained on; where there are stages, each has weights of its own."""
+    mixtures = _stage_sources(config)
+    sources = dict.fromkeys(source for mixture in mixtures for _, source in mixture)
+    return [(1.0, source) for source in sources] if mixtures else sources_of(config.data)
+
+
+def mixtures_of(config: Config) -> list[list[tuple[float, int]]]:
+    """Of each stage of the curriculum the weights of its sources, and their numbers among `all_sources`."""
+    number = {source: number for number, (_, source) in enumerate(all_sources(config))}
+    return [[(weight, number[source]) for weight, source in mixture] for mixture in _stage_sources(config)]
+
+
+def _stage_sources(config: Config) -> list[list[tuple[float, str]]]:
+    return [
+        [_part(words, f"mixture of stage {stage.name}") for words in stage.mixture] or sources_of(config.data)
+        for stage in stages_of(config)
+    ]
+
+
+def _part(words: str, field: str) -> tuple[float, str]:
     weight, _, source = words.strip().partition(" ")
     try:
         number = float(weight)
     except ValueError:
         number = 0.0
     if not (0 < number < float("inf") and source.strip()):
-        raise MagistralError(f"`data.mixture` has the part `{words}`; expected a weight above 0, a space and a source.")
+        raise MagistralError(f"`{field}` has the part `{words}`; expected a weight above 0, a space and a source.")
     return number, source.strip()
+
+
+def _with_own_ids(loaded: list[tuple[float, str, list[Problem]]]) -> list[tuple[float, str, list[Problem]]]:
+    """Where a generator stands there with several settings, its later problems get the number of their source."""
+    generators = [source.partition("?")[0] if source.startswith(GENERATORS) else source for _, source, _ in loaded]
+    return [
+        (weight, source, [dataclasses.replace(problem, id=f"{problem.id}@{number}") for problem in problems])
+        if generators[number] in generators[:number] and source.startswith(GENERATORS)
+        else (weight, source, problems)
+        for number, (weight, source, problems) in enumerate(loaded)
+    ]
 
 
 def _check_ids(loaded: list[tuple[float, str, list[Problem]]]) -> None:

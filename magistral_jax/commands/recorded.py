@@ -9,7 +9,7 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 
-from magistral_jax.commands.session import describe_session, make_rules, make_update, training_sampling
+from magistral_jax.commands.session import describe_session, make_assign, make_curriculum, make_rules, make_update
 from magistral_jax.commands.setup import completion_text, load_model, make_batcher, make_verifiers, say
 from magistral_jax.commands.train import load_data
 from magistral_jax.commands.trainer import make_trainer
@@ -19,9 +19,13 @@ from magistral_jax.generate.held import HeldEngine, HeldProcess
 from magistral_jax.generate.messages import EngineSettings
 from magistral_jax.generate.service import GeneratorThread
 from magistral_jax.policy.sharding import make_mesh
-from magistral_jax.records import MagistralError, Reward, SamplingParams
-from magistral_jax.schedule.event_log import LOG_FILE, Record, Session, Trained
+from magistral_jax.records import MagistralError, Reward
+from magistral_jax.schedule import machine
+from magistral_jax.schedule.curriculum import Curriculum
+from magistral_jax.schedule.event_log import LOG_FILE, Record, Session, Trained, to_event
+from magistral_jax.schedule.holdings import Assignment
 from magistral_jax.schedule.replay import SessionStages, split_sessions
+from magistral_jax.schedule.state import State
 from magistral_jax.verify.pool import VerifyItem
 
 
@@ -44,15 +48,19 @@ class RecordedRun:
         _, self.loader, _ = load_data(self.config, self.model)
         if self.loader.fingerprint != sessions[0].data:
             raise MagistralError(f"{folder}: the run was made from other problems than `data.train` gives now.")
+        self.curriculum = make_curriculum(self.config, self.loader, lambda sentence: None)
+        self.stage_of_step: dict[int, int] = {}
+        if self.curriculum is not None:
+            self.curriculum = self._look_ahead(self.curriculum)
         self._say_surroundings(sessions[-1])
         self._stages: dict[Config, SessionStages] = {}
-        for session in sessions:  # all before the first update, which consumes the model's parameters
+        for session in sessions:
             self.stages_of(session, logs=folder)
 
     @property
-    def sampling(self) -> SamplingParams:
-        """How its rollouts were drawn."""
-        return training_sampling(self.config)
+    def assign(self) -> Callable[[int], Assignment]:
+        """What a group was asked for, by its id."""
+        return make_assign(self.config, self.loader, self.curriculum)
 
     def decode(self, ids: np.ndarray) -> str:
         """Text of a completion."""
@@ -73,16 +81,34 @@ class RecordedRun:
             if any(isinstance(record, Trained) and record.step == step for record in records)
         )
 
+    def _look_ahead(self, first: Curriculum) -> Curriculum:
+        """The curriculum with all pools that were opened, since engines run ahead; notes the stage of each step."""
+        state, known = State(stage=first.stage), list[machine.OpenPool]()
+        for session, records in split_sessions(self.records):
+            rules = make_rules(config_of(session))
+            for event in filter(None, map(to_event, records)):
+                state, actions = machine.step(rules, state, event)
+                for action in actions:
+                    if isinstance(action, machine.OpenPool):
+                        known.append(action)
+                    if isinstance(action, machine.Train):
+                        self.stage_of_step[action.step + 1] = state.stage
+        again = make_curriculum(self.config, self.loader, lambda sentence: None, known=known)
+        assert again is not None
+        return again
+
     def _make_stages(self, config: Config) -> SessionStages:
         mesh = make_mesh(config.mesh)
-        trainer = make_trainer(config, self.model, mesh)
+        model = load_model(config, mesh) if self._stages else self.model  # whose parameters the first one consumes
+        trainer = make_trainer(config, model, mesh)
         return SessionStages(
             make_rules(config),
-            make_update(config, self.model, trainer, mesh),
+            make_update(config, model, trainer, mesh),
             trainer.publish,
             trainer.initial_state,
             functools.partial(self._make_engine, config, self.folder),
             config.schedule.role_deadline,
+            config.curriculum.begin,
         )
 
     def _make_engine(self, config: Config, logs: pathlib.Path, number: int, reports: Reports) -> HeldEngine:

@@ -74,7 +74,8 @@ def replay_run(run: RecordedRun, *, is_checked: bool, out: pathlib.Path | None) 
         again = Replay(
             run.records,
             functools.partial(run.stages_of, logs=pathlib.Path(logs)),
-            Holdings(run.config.batch.group_size, run.sampling, run.loader.prompt_at, run.decode),
+            Holdings(run.config.batch.group_size, run.assign, run.decode),
+            run.curriculum,
             grade=grade if is_checked else None,
             metrics=metrics,
             on_difference=note,
@@ -108,7 +109,7 @@ def rebuild_step(run: RecordedRun, step: int) -> tuple[list[Difference], str]:
     for number in range(first + 1, step + 1):
         groups = _recorded_groups(run, trained[number])
         stages = run.stages_of(run.session_of_step(number), logs=run.folder)
-        state, _, _ = stages.update(state, groups, number - 1)
+        state, _, _ = stages.update(state, groups, number - 1, run.stage_of_step.get(number, 0))
         now = identify(state.params, stages.publish(state.params))
         if now != trained[number].fingerprint:
             where = f"step {number}"
@@ -128,7 +129,7 @@ def _recorded_groups(run: RecordedRun, trained: Trained) -> list[list[Graded]]:
     """The batch of a step as `rollouts.jsonl` has it."""
     size = run.config.batch.group_size
     graded = [
-        graded_of(line, run.loader.prompt_at(line["request"] // size).token_ids)
+        graded_of(line, run.assign(line["request"] // size).prompt.token_ids)
         for line in read_json_lines(run.folder / ROLLOUTS_FILE)
         if line["step"] == trained.step
     ]

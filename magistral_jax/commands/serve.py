@@ -85,6 +85,7 @@ def make_server(config: Config, bound: socket.socket) -> Server:
         engine,
         drain_seconds=config.serve.drain_seconds,
         max_connections=config.serve.max_connections,
+        request_seconds=config.serve.request_seconds,
         say=say,
         ready=ready,
     )

@@ -12,7 +12,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
-from magistral_jax.config import Config, check, config_from_json, dump
+from magistral_jax.checks import check
+from magistral_jax.config import Config, config_from_json, dump
 from magistral_jax.data.chat import build_prompt
 from magistral_jax.data.loader import PromptLoader, make_prompts
 from magistral_jax.data.sources import load_problems
@@ -27,7 +28,7 @@ from magistral_jax.generate.service import GeneratorThread
 from magistral_jax.metrics import replace_text
 from magistral_jax.policy.attention import choose_attention
 from magistral_jax.policy.config import ModelConfig
-from magistral_jax.policy.hf_config import read_json, read_model_config
+from magistral_jax.policy.hf_config import also_sees, read_model_config, read_text_config
 from magistral_jax.policy.hf_folder import load_params, save_folder
 from magistral_jax.policy.hf_stream import load_sharded
 from magistral_jax.policy.pages import PageReader
@@ -69,12 +70,7 @@ def load_model(config: Config, mesh: Mesh | None = None) -> Model:
         raise MagistralError("`policy.path` is empty; expected a model folder (config.json, safetensors, tokenizer).")
     folder = pathlib.Path(config.policy.path)
     model = read_model_config(folder)
-    longest = config.generation.max_prompt_tokens + config.generation.max_new_tokens
-    if longest > model.max_positions:
-        raise MagistralError(
-            f"`generation.max_prompt_tokens` + `generation.max_new_tokens` ({longest}) exceed the "
-            f"{model.max_positions} positions of the model in {folder}."
-        )
+    check_positions(config, model)
     tokenizer = load_tokenizer(folder, model.vocab_size)
     # What is trained is stored as the optimizer wants it; what stands still under adapters, as it is computed with.
     dtype = jnp.dtype(config.policy.dtype if config.policy.lora_rank else config.optimizer.param_dtype)
@@ -90,7 +86,23 @@ def load_model(config: Config, mesh: Mesh | None = None) -> Model:
         random_init = config.policy.random_init
         load = lambda: load_sharded(folder, model, shardings, dtype)
         params = jax.jit(init, out_shardings=shardings)() if random_init else load()
-    return Model(model, params, tokenizer, read_json(folder / "config.json")["model_type"])
+    if also_sees(folder):
+        say(f"warning: the vision tower of {folder} is left out: the text part alone is used, and is what is saved")
+    return Model(model, params, tokenizer, read_text_config(folder)["model_type"])
+
+
+def check_positions(config: Config, model: ModelConfig) -> None:
+    """Refuse sequences for which the model of `policy.path` was not made.
+
+    Raises:
+      MagistralError: The longest one has more tokens than the model has positions.
+    """
+    longest = config.generation.max_prompt_tokens + config.generation.max_new_tokens
+    if longest > model.max_positions:
+        raise MagistralError(
+            f"`generation.max_prompt_tokens` + `generation.max_new_tokens` ({longest}) exceed the "
+            f"{model.max_positions} positions of the model in {config.policy.path}."
+        )
 
 
 def load_prompts(config: Config, tokenizer: Tokenizer, problems: Sequence[Problem]) -> list[Prompt]:
@@ -158,7 +170,7 @@ def make_batcher(config: Config, model: Model, trainer: Mesh | None = None, *, n
     generation, (mesh, _) = config.generation, place_engine(config, model, trainer)
     stop_ids = tuple(model.tokenizer.stop_ids)
     batcher = ContinuousBatcher(model.config, generation, stop_ids, config.run.seed, mesh, num_top)
-    say(describe_engine(generation, batcher.reader))
+    say(describe_engine(generation, batcher.reader, trainer))
     return batcher
 
 
@@ -173,21 +185,24 @@ def make_sampler(config: Config, model: Model) -> ContinuousBatcher:
 def place_engine(config: Config, model: Model, trainer: Mesh | None = None) -> tuple[Mesh | None, Any]:
     """The mesh of the engine and a sharding for each of its weights: what `make_publish` wants to know of it.
 
-    Both are None for an engine of one device, which is the first.
+    The engine takes devices that the trainer leaves free, where there are enough of them. Both are None where it takes
+    one device alone, the first.
     """
-    if config.generation.tensor == 1:
+    num, num_taken = config.generation.tensor, 0 if trainer is None else len(trainer.local_devices)
+    if num == 1 and not 0 < num_taken < jax.local_device_count():
         return None, None
-    num_taken = 0 if trainer is None else len(trainer.local_devices)
-    mesh = make_generator_mesh(config.generation.tensor, num_taken=num_taken)
+    mesh = make_generator_mesh(num, num_taken=num_taken)
     return mesh, generator_shardings(model.config, mesh)
 
 
-def describe_engine(generation: GenerationConfig, reader: PageReader) -> str:
-    """How an engine reads its pages, and on which devices."""
-    devices = [jax.devices()[0]] if reader.mesh is None else list(reader.mesh.devices.flat)
+def describe_engine(generation: GenerationConfig, reader: PageReader, trainer: Mesh | None = None) -> str:
+    """How an engine reads its pages, on which devices, and whether these are the trainer's as well."""
+    devices = jax.local_devices()[:1] if reader.mesh is None else list(reader.mesh.devices.flat)
+    is_shared = trainer is not None and not set(devices).isdisjoint(trainer.devices.flat)
     return (
         f"KV pages in {generation.kv_dtype} are read by `{reader.implementation}` (generation.attention = "
         f"{generation.attention}) on {', '.join(map(str, devices))}"
+        + (", shared with the trainer" if is_shared else "")
     )
 
 
@@ -275,7 +290,7 @@ def _check_same(saved: Config, given: Config, path: pathlib.Path) -> None:
         raise MagistralError(f"{path}: the run was started with other settings of {', '.join(changed)}.")
 
 
-# A resume may ask for a longer run, say less or more about it, and have its generators elsewhere.
+# A resume may ask for a longer run, say less or more about it, and have its generators and devices elsewhere.
 _FREE_ON_RESUME = {
     "run.resume",
     "run.folder",
@@ -284,6 +299,7 @@ _FREE_ON_RESUME = {
     "run.tensorboard",
     "run.wandb",
     "generation.where",
+    "generation.tensor",
     "generation.num_generators",
     "generation.devices",
     "generation.max_restarts",
@@ -293,6 +309,12 @@ _FREE_ON_RESUME = {
     "generation.token_file",
     "schedule.num_steps",
     "schedule.checkpoint_every",
+    "curriculum.begin",
+    "translate.endpoint",
+    "translate.key_file",
+    "translate.concurrency",
+    "translate.timeout",
+    "translate.retries",
     "serve",
     "mesh",
     "distributed",

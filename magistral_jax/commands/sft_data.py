@@ -11,7 +11,7 @@ from magistral_jax.config import Config
 from magistral_jax.data.loader import PromptLoader
 from magistral_jax.data.sources import load_problems
 from magistral_jax.data.tokenizer import encode_completion
-from magistral_jax.data.traces import chain_sum_traces, read_traces
+from magistral_jax.data.traces import make_traces, read_traces
 from magistral_jax.records import MagistralError, Problem, Prompt
 from magistral_jax.train.collate import TrainingSequence
 
@@ -110,11 +110,12 @@ def _make_sequences(
     config: Config, model: Model, drawn: Sequence[Prompt], completions: dict[str, str] | None, update: int
 ) -> list[TrainingSequence]:
     if completions is None:
-        traces = chain_sum_traces(
+        traces = make_traces(
             [prompt.problem for prompt in drawn],
             np.random.default_rng([config.run.seed, update]),
             thorough_share=config.sft.thorough_share,
             lucky_share=config.sft.lucky_share,
+            native_share=config.sft.native_share,
             think_tags=think_tags(config),
         )
         texts = [trace.completion for trace in traces]

@@ -8,7 +8,8 @@ from typing import Any
 
 import tyro
 
-from magistral_jax.config import Config, check, config_from_json, load
+from magistral_jax.checks import check
+from magistral_jax.config import Config, config_from_json, load
 from magistral_jax.records import MagistralError
 from magistral_jax.schedule.machine import Rules
 from magistral_jax.simulate.costs import Costs, costs_from, load_costs

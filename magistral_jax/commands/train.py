@@ -1,20 +1,23 @@
 """`magistral-jax train`: evaluation, the asynchronous loop, evaluation, report. The main path, top to bottom."""
 
 import contextlib
+import dataclasses
 import functools
 import json
 import pathlib
 import shutil
 import time
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
 from jax.sharding import Mesh
 
+from magistral_jax.checks import stages_of
 from magistral_jax.commands.evaluate import measure_policy
 from magistral_jax.commands.problems import TrainingProblems, load_training_problems
 from magistral_jax.commands.progress import StepPrinter, on_interrupt
-from magistral_jax.commands.session import describe_session, make_rules, make_update, training_sampling
+from magistral_jax.commands.session import describe_session, make_assign, make_curriculum, make_rules, make_update
 from magistral_jax.commands.setup import (
     Model,
     completion_text,
@@ -34,14 +37,16 @@ from magistral_jax.commands.setup import (
 from magistral_jax.commands.trainable import check_base
 from magistral_jax.commands.trainer import follow, gather, join, lead, make_trainer, open_checkpoints
 from magistral_jax.config import Config
+from magistral_jax.data.curriculum import STAGES_FILE
 from magistral_jax.data.loader import PromptLoader
 from magistral_jax.distributed.orders import Follower, Leader
 from magistral_jax.evaluate import extract_answer
 from magistral_jax.metrics import METRICS_FILE, MetricsWriter, RolloutWriter, read_json_lines, replace_text
 from magistral_jax.records import Prompt
+from magistral_jax.schedule.curriculum import Curriculum
 from magistral_jax.schedule.event_log import LOG_FILE, EventLog
 from magistral_jax.schedule.loop import AsyncLoop, Stages, identify
-from magistral_jax.schedule.machine import StopRequested
+from magistral_jax.schedule.machine import StageBegan, StopRequested
 from magistral_jax.schedule.state import State, from_saved
 from magistral_jax.studies.report import write_report
 
@@ -71,6 +76,7 @@ def run(config: Config, leader: Leader, mesh: Mesh) -> None:
     start_run(folder, config, loader)
     training.report(folder)
     say(attention)
+    curriculum = make_curriculum(config, loader, say)
 
     # ---- trainer and generator ----
     trainer = lead(make_trainer(config, model, mesh), leader)
@@ -80,11 +86,13 @@ def run(config: Config, leader: Leader, mesh: Mesh) -> None:
     with contextlib.ExitStack() as stack:
         checkpoints = stack.enter_context(open_checkpoints(config, folder / "checkpoints", leader))
         train_state = trainer.initial_state
-        schedule, groups, log_position = State(), None, None
+        schedule, saved = State(stage=curriculum.stage if curriculum else 0), None
+        groups, log_position = None, None
         if config.run.resume and checkpoints.latest_step is not None:
             step, train_state, saved = checkpoints.restore(train_state)
             schedule, groups, log_position = from_saved(saved), checkpoints.restore_groups(step), saved["log_position"]
             say(f"resuming after step {step}")
+        call = start_curriculum(folder, config, curriculum, saved)
         published = trainer.publish(train_state.params)
         batcher.set_weights(published, schedule.num_done)
         measure = functools.partial(measure_policy, config, folder, model, batcher, held_out_prompts)
@@ -109,10 +117,9 @@ def run(config: Config, leader: Leader, mesh: Mesh) -> None:
             schedule,
             train_state,
             Stages(
-                prompt_at=loader.prompt_at,
+                assign=make_assign(config, loader, curriculum),
                 decode=functools.partial(completion_text, model),
                 extract_answer=functools.partial(extract_answer, tags=think_tags(config)),
-                sampling=training_sampling(config),
                 make_generator=functools.partial(make_generator, config, model, batcher, folder),
                 make_verifiers=functools.partial(make_verifiers, config),
                 update=make_update(config, model, trainer, mesh),
@@ -123,10 +130,12 @@ def run(config: Config, leader: Leader, mesh: Mesh) -> None:
                 log=log,
                 on_step=StepPrinter(config.schedule.num_steps),
                 warn=lambda sentence: say(f"warning: {sentence}"),
+                curriculum=curriculum,
             ),
             deadline=config.schedule.role_deadline,
             seconds_before=seconds_before,
             groups=groups,
+            call=call,
         )
         with on_interrupt(lambda: loop.inbox.put(StopRequested())):
             schedule = loop.run()
@@ -151,6 +160,24 @@ def load_data(config: Config, model: Model) -> tuple[TrainingProblems, PromptLoa
     training = load_training_problems(config, held_out_problems)
     loader = training.loader(config, model.tokenizer)
     return training, loader, load_prompts(config, model.tokenizer, held_out_problems)
+
+
+def start_curriculum(
+    folder: pathlib.Path, config: Config, curriculum: Curriculum | None, saved: Mapping[str, Any] | None
+) -> StageBegan | None:
+    """Have a curriculum, if there is one, stand where a saved run stood; writes its table to `stages.json`.
+
+    Returns:
+      The stage that was called for by hand.
+    """
+    if curriculum is None:
+        return None
+    if saved is not None:
+        curriculum.load(saved["curriculum"])
+    say(curriculum.describe())
+    table = [dataclasses.asdict(stage) for stage in stages_of(config)]
+    replace_text(folder / STAGES_FILE, json.dumps(table, indent=2, ensure_ascii=False) + "\n")
+    return curriculum.call(config.curriculum.begin) if config.curriculum.begin and saved is not None else None
 
 
 def seconds_of(folder: pathlib.Path) -> float:

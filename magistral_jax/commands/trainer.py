@@ -7,7 +7,7 @@ of the training state and follow: each step, publish, checkpoint and export is a
 import dataclasses
 import pathlib
 import signal
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
@@ -17,11 +17,13 @@ from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 
 from magistral_jax.checkpoint import Checkpoints
+from magistral_jax.checks import stages_of
 from magistral_jax.commands.setup import Model, load_model, place_engine, say
 from magistral_jax.commands.trainable import Trainable, trainable
 from magistral_jax.config import Config
 from magistral_jax.distributed.orders import Follower, Leader, connect
 from magistral_jax.distributed.start import start
+from magistral_jax.policy.enqueue import turn
 from magistral_jax.policy.sharding import make_mesh, shard_batch
 from magistral_jax.publish.same_process import make_publish
 from magistral_jax.pytrees import TrainState
@@ -59,7 +61,9 @@ class Trainer:
 
 def make_trainer(config: Config, model: Model, mesh: Mesh) -> Trainer:
     """State, step and publish of a run on a mesh."""
-    minibatches = config.batch.batch_size // (config.batch.minibatch_size or config.batch.batch_size)
+    sizes = [(stage.batch_size, stage.minibatch_size) for stage in stages_of(config)]
+    sizes = sizes or [(config.batch.batch_size, config.batch.minibatch_size or config.batch.batch_size)]
+    minibatches = max(batch // minibatch for batch, minibatch in sizes)  # at most: a decay never ends too early
     optimizer = make_optimizer(config.optimizer, config.schedule.num_steps * minibatches)
     part = trainable(config, model, mesh)
     state = init_sharded(part.start, model.config, mesh, optimizer)
@@ -74,24 +78,33 @@ def make_trainer(config: Config, model: Model, mesh: Mesh) -> Trainer:
     )
 
     def step(state: TrainState, batch: Any, reference: Any = None) -> tuple[TrainState, Metrics]:
-        state, metrics = train_step(state, shard_batch(batch, mesh), reference)
+        with turn(mesh):
+            state, metrics = train_step(state, shard_batch(batch, mesh), reference)
         # The same numbers are everywhere; from here on they are this process's own.
         return state, jax.tree.map(lambda x: x.addressable_data(0), metrics)
 
-    publish = _make_publish(config, model, mesh)
+    engine = place_engine(config, model, mesh)
+    convert = _make_publish(config, model, mesh, *engine)
+
+    def publish(params: Any) -> Any:
+        with turn(mesh, engine[0]):
+            return convert(part.whole(params))
+
     # Adapters change nothing at first: what stands under them is the policy that a KL penalty holds on to.
     reference = None
     if config.loss.kl_coef:
         reference = part.frozen or jax.tree.map(jnp.copy, state.params)
-    return Trainer(step, lambda params: publish(part.whole(params)), state, reference, part)
+    return Trainer(step, publish, state, reference, part)
 
 
-def _make_publish(config: Config, model: Model, mesh: Mesh) -> Callable[[Any], Any]:
-    dtype, engine = jnp.dtype(config.policy.dtype), place_engine(config, model, mesh)
+def _make_publish(
+    config: Config, model: Model, mesh: Mesh, engine: Mesh | None, shardings: Any
+) -> Callable[[Any], Any]:
+    dtype = jnp.dtype(config.policy.dtype)
     if jax.process_count() == 1:
-        return make_publish(model.config, dtype, mesh, *engine)
+        return make_publish(model.config, dtype, mesh, engine, shardings)
     # Every process gets the whole, and process 0 hands it to its engine: devices of other hosts cannot.
-    gather, (_, shardings) = make_publish(model.config, dtype, mesh), engine
+    gather = make_publish(model.config, dtype, mesh)
     return gather if shardings is None else lambda params: jax.device_put(gather(params), shardings)
 
 
@@ -132,16 +145,42 @@ def gather(params: Any, leader: Leader | None = None) -> Any:
     return jax.tree.map(whole, params)
 
 
+@dataclasses.dataclass(frozen=True)
+class Followed:
+    """What a process needs to follow process 0."""
+
+    initial_state: TrainState
+    part: Trainable
+    step: Callable[[TrainState, Any], TrainState]
+    """(state, batch as arrays by their names) -> state"""
+    others: Mapping[str, Callable[[Any, Any], object]]
+    """What else a command orders, by name, from trained parameters and the arrays of the order."""
+
+
 def follow(config: Config, follower: Follower, mesh: Mesh) -> None:
-    """What the processes other than 0 do in place of the run: as they are told, until they are told to stop.
+    """What the processes other than 0 do in place of `train`; see `obey`."""
+
+    def make(model: Model) -> Followed:
+        trainer = make_trainer(config, model, mesh)
+        return Followed(
+            trainer.initial_state,
+            trainer.part,
+            lambda state, batch: trainer.step(state, batch, trainer.reference)[0],
+            {"publish": lambda params, _: trainer.publish(params)},
+        )
+
+    obey(config, follower, mesh, make)
+
+
+def obey(config: Config, follower: Follower, mesh: Mesh, make: Callable[[Model], Followed]) -> None:
+    """Do as process 0 says, until it says stop.
 
     Raises:
       MagistralError: Process 0 has failed; the sentence is its own.
     """
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # goes to all processes, and is process 0's to answer
-    model = load_model(config, mesh)
-    trainer = make_trainer(config, model, mesh)
-    state = trainer.initial_state
+    own = make(load_model(config, mesh))
+    state = own.initial_state
     folder = pathlib.Path(config.run.folder) / "checkpoints"
     with Checkpoints(folder, keep_best=config.run.keep_best) as checkpoints:
         if config.run.resume and checkpoints.latest_step is not None:
@@ -151,12 +190,13 @@ def follow(config: Config, follower: Follower, mesh: Mesh) -> None:
         for order, header, arrays in follower.orders():
             match order:
                 case "step":
-                    state, _ = trainer.step(state, arrays, trainer.reference)
-                case "publish":
-                    trainer.publish(state.params)
+                    state = own.step(state, arrays)
                 case "save":
                     checkpoints.save(header["step"], state, header["schedule"], arrays["groups"].tobytes())
                 case "gather":
-                    gather(trainer.part.whole(state.params))
-                case "stop" if header["reason"]:
-                    raise MagistralError(f"process 0 of the trainer has stopped: {header['reason']}")
+                    gather(own.part.whole(state.params))
+                case "stop":
+                    if header["reason"]:
+                        raise MagistralError(f"process 0 of the trainer has stopped: {header['reason']}")
+                case other:
+                    own.others[other](state.params, arrays)

@@ -10,11 +10,11 @@ from typing import Any, TextIO
 
 import tyro
 
+from magistral_jax.checks import check as check_config
 from magistral_jax.commands import verify_rows
 from magistral_jax.commands.progress import progress_bar
 from magistral_jax.commands.verify_rows import Row
 from magistral_jax.config import FIELD_TYPES, Config, load
-from magistral_jax.config import check as check_config
 from magistral_jax.records import MagistralError, Reward
 from magistral_jax.verify.config import CodeConfig, PoolConfig, RewardConfig, SandboxConfig
 from magistral_jax.verify.pool import VerifierPool, VerifyItem

@@ -95,7 +95,7 @@ def read_problem(problem: Problem, config: CodeConfig, max_solutions: int) -> Co
     if problem.kind != "code":
         return Removal(problem.id, "not code", problem.kind)
     try:
-        solutions = read_solutions(problem.extra)
+        solutions = read_solutions(problem.extra, problem.statement)
         entry, cases = _read_calls(problem.extra)
         is_call = bool(cases)
         limits = select_tests(_with_tests(problem, is_call), dataclasses.replace(config, num_tests=0), seed=0)
@@ -114,12 +114,21 @@ def read_problem(problem: Problem, config: CodeConfig, max_solutions: int) -> Co
 # ---- solutions ------------------------------------------------------------------------------------------------------
 
 
-def read_solutions(columns: Mapping[str, Any]) -> list[Program]:
+def read_solutions(columns: Mapping[str, Any], statement: str = "") -> list[Program]:
     """Programs of `solutions` or `solution`: sources in Python, {language, source} or {language, solution}, or lists.
 
     Languages that are not verified are passed over.
+
+    Args:
+      columns: Of the row. MBPP has its one solution in `code`; HumanEval's `canonical_solution` goes on where the
+        statement, which is source, ends.
+      statement: The problem's.
     """
-    found = columns.get("solutions") if columns.get("solutions") is not None else columns.get("solution")
+    names = ("solutions", "solution", "code", "canonical_solution")
+    name = next((name for name in names if columns.get(name) is not None), names[0])
+    found = columns.get(name)
+    if name == "canonical_solution":
+        found = f"{statement}{found}"
     if isinstance(found, str) and found.lstrip().startswith(("[", "{")):
         try:
             found = json.loads(found)

@@ -9,8 +9,8 @@ class DataConfig:
     """Where problems come from and how they are put to the policy."""
 
     train: str = ""
-    """Problems to train on: a JSONL or Parquet file, a local Hugging Face dataset folder (`FOLDER?split=NAME`), or
-    `reasoning-gym:NAME?key=value&…`."""
+    """Problems to train on: a JSONL or Parquet file, a local Hugging Face dataset folder (`FOLDER?split=NAME`),
+    `reasoning-gym:NAME?key=value&…`, or `templated:sums?language=fr,de&…` (docs/languages.md)."""
     mixture: tuple[str, ...] = ()
     """In the place of `train`: several sources with their shares, each as `WEIGHT SOURCE`, like `0.7 math.jsonl`."""
     evaluation: str = ""
@@ -50,6 +50,8 @@ class EvaluationConfig:
     """Nucleus mass: 1.0 for math, 0.95 for code."""
     num_samples: int = 8
     """Completions of a problem: pass@1 is their mean, maj@k is over k of them."""
+    by: str = ""
+    """Column of the problems, such as `language`, for each of whose values `evaluate` gives the scores as well."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -64,3 +66,19 @@ class TracesConfig:
     """Traces in all, balanced over languages and lengths; 0 keeps every right one up to `max_per_problem`."""
     chunk: int = 64
     """Problems that are sampled between two saves; a kill costs at most as many."""
+
+
+@dataclasses.dataclass(frozen=True)
+class CurriculumConfig:
+    """Stages of a run (report §5.2), and pools of problems that follow the policy (docs/curriculum.md)."""
+
+    stages: tuple[str, ...] = ()
+    """In a file `[[curriculum.stages]]`, a table each, with `name` and any of `max_length`, `length_cache`,
+    `batch_size`, `minibatch_size`, `num_async`, `difficulty`, `mixture`, `num_steps`, `until_pass_rate`,
+    `until_growth`, `window`; as one setting each is a JSON object. Empty: one stage, and all problems."""
+    begin: str = ""
+    """Stage to start with, and with `--resume` to go over to by hand; empty: the first, or the one that it is in."""
+    refresh_steps: int = 10
+    """Steps of a stage after which its pool is drawn anew by the running pass rates; 0 draws only where one begins."""
+    newest_weight: float = 0.5
+    """Weight of a problem's newest group in its running pass rate; 1 forgets all before it."""

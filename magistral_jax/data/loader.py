@@ -5,6 +5,7 @@ run is a function of (problems, seed, c). The fingerprint tells whether a resume
 """
 
 import hashlib
+import itertools
 import json
 import pathlib
 from collections.abc import Callable, Sequence
@@ -36,17 +37,24 @@ class PromptLoader:
         for number, (_, size) in enumerate(parts, 1):
             if not size:
                 raise MagistralError(f"source {number} of data.mixture has no prompts left after filtering")
-        self._prompts = list(prompts)
-        self._order = _endless_order(parts or [(1.0, len(prompts))], seed % 2**32)
-        self.fingerprint = _fingerprint(self._prompts, seed, parts)
+        self.prompts = list(prompts)
+        self.parts = parts or [(1.0, len(prompts))]
+        weights = [weight for weight, _ in self.parts]
+        self._order = endless_order(list(zip(weights, self.places(), strict=True)), seed)
+        self.fingerprint = _fingerprint(self.prompts, seed, parts)
 
     def __len__(self) -> int:
         """Prompts of one epoch."""
-        return len(self._prompts)
+        return len(self.prompts)
+
+    def places(self) -> list[range]:
+        """Where the prompts of each source stand in `prompts`."""
+        ends = list(itertools.accumulate(size for _, size in self.parts))
+        return [range(end - size, end) for end, (_, size) in zip(ends, self.parts, strict=True)]
 
     def prompt_at(self, cursor: int) -> Prompt:
         """Prompt number `cursor` (from 0) of the endless order."""
-        return self._prompts[self._order[cursor]]  # pyright: ignore[reportArgumentType, reportCallIssue]
+        return self.prompts[self._order[cursor]]  # pyright: ignore[reportArgumentType, reportCallIssue]
 
     def check_run(self, path: pathlib.Path, *, is_resumed: bool) -> None:
         """Note the fingerprint of the data in a new run's folder; refuse to resume a run with other data.
@@ -65,13 +73,17 @@ class PromptLoader:
             )
 
 
-def _endless_order(parts: Sequence[tuple[float, int]], seed: int) -> grain.MapDataset:
-    """Places in the list of prompts, each part shuffled for itself."""
-    orders, start = [], 0
-    for number, (_, size) in enumerate(parts):
-        places = grain.MapDataset.source(range(start, start + size))
-        orders.append(places.seed((seed + number) % 2**32).shuffle().repeat())
-        start += size
+def endless_order(parts: Sequence[tuple[float, Sequence[int]]], seed: int) -> grain.MapDataset:
+    """Endless order of numbers, a function of the seed: each part shuffled for itself and anew in every epoch.
+
+    Args:
+      parts: Weight and numbers of each part; every stretch of the order has the parts in these shares.
+      seed: Taken modulo 2³².
+    """
+    orders = [
+        grain.MapDataset.source(numbers).seed((seed % 2**32 + part) % 2**32).shuffle().repeat()
+        for part, (_, numbers) in enumerate(parts)
+    ]
     return grain.MapDataset.mix(orders, [weight for weight, _ in parts]) if len(orders) > 1 else orders[0]
 
 

@@ -14,7 +14,10 @@ from typing import Any, NoReturn
 
 from magistral_jax.records import MagistralError
 
-SOURCES = "a .jsonl file, a .parquet file, a Hugging Face dataset folder or reasoning-gym:NAME?key=value&…"
+SOURCES = (
+    "a .jsonl file, a .parquet file, a Hugging Face dataset folder, reasoning-gym:NAME?key=value&… or "
+    "templated:sums?key=value&…"
+)
 
 
 def refuse(sentence: str) -> NoReturn:

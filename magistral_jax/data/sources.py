@@ -1,7 +1,7 @@
 """Problems from files and generators; in: a source's name, out: Problems.
 
-A source is a JSON-lines file, a Parquet file, a local Hugging Face dataset folder, or
-`reasoning-gym:NAME?key=value&…`. Whatever is wrong with one is said with file and line.
+A source is a JSON-lines file, a Parquet file, a local Hugging Face dataset folder, or a generator:
+`reasoning-gym:NAME?key=value&…` or `templated:sums?key=value&…`. Whatever is wrong with one is said with file and line.
 """
 
 import dataclasses
@@ -13,11 +13,16 @@ import urllib.parse
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal
 
+from magistral_jax.data import templated
 from magistral_jax.data.rows import read_source, refuse
 from magistral_jax.records import MagistralError, Problem
 
 GENERATOR_PREFIX = "reasoning-gym:"
-STATEMENT_COLUMNS = ("problem", "question", "statement")
+TEMPLATED_PREFIX = "templated:"
+GENERATORS = (GENERATOR_PREFIX, TEMPLATED_PREFIX)
+"""How the names of sources begin that make their problems, as many as are asked for."""
+STATEMENT_COLUMNS = ("problem", "question", "statement", "prompt", "text")
+"""Names of a row's statement; the first that it has is it."""
 
 
 def load_problems(
@@ -32,10 +37,11 @@ def load_problems(
     """Problems of a source.
 
     Args:
-      source: `*.jsonl`, `*.parquet`, a dataset folder `FOLDER?split=NAME`, or `reasoning-gym:NAME?key=value&…`. A row
-        has its text in `problem`, `question` or `statement`, its reference in `answer`, and may have `id` and `kind`
-        ("math" or "code"). A code row needs no answer; a row with `tests` and without an answer is one even if it does
-        not say so. Every other column goes to `Problem.extra`.
+      source: `*.jsonl`, `*.parquet`, a dataset folder `FOLDER?split=NAME`, `reasoning-gym:NAME?key=value&…`, or
+        `templated:sums?key=value&…` (its keys: `templated.sums`). A row has its text in one of `STATEMENT_COLUMNS`,
+        its reference in `answer`, and may have `id` and `kind` ("math" or "code"). A code row needs no answer; a row
+        with `tests` and without an answer is one even if it does not say so. Every other column goes to
+        `Problem.extra`.
       num: How many, at most; 0 is all. A file is sampled without replacement, in file order.
       seed: Of the sample, or of the generator: different seeds give streams of their own.
       kind: Of rows that do not say theirs; empty tells it from their columns.
@@ -48,6 +54,8 @@ def load_problems(
     """
     if source.startswith(GENERATOR_PREFIX):
         return _generate(source, num, seed)
+    if source.startswith(TEMPLATED_PREFIX):
+        return _write(source, num, seed)
     problems: dict[str, Problem] = {}
     places: dict[str, str] = {}
     for row in read_source(source, on_bad_row):
@@ -114,15 +122,8 @@ def _generate(source: str, num: int, seed: int) -> list[Problem]:
     if name not in DATASETS:
         close = difflib.get_close_matches(name, DATASETS, n=3)
         raise MagistralError(f"{source}: reasoning-gym has no generator {name!r}{_did_you_mean(close)}")
-    if num <= 0:
-        raise MagistralError(f"{source}: a generator needs a number of problems (data.num_train, …), found {num}")
     known = [field.name for field in dataclasses.fields(DATASETS[name][1]) if field.name not in ("seed", "size")]
-    settings: dict[str, Any] = {}
-    for key, value in urllib.parse.parse_qsl(query, keep_blank_values=True):
-        if key not in known:
-            close = difflib.get_close_matches(key, known, n=3) or known
-            raise MagistralError(f"{source}: generator {name} has no parameter {key!r}{_did_you_mean(close)}")
-        settings[key] = _value(value)
+    settings = _settings(source, name, query, known, num)
     # reasoning-gym draws item i from seed + i: neighbouring seeds would give almost the same problems.
     spread_seed = int.from_bytes(hashlib.sha256(str(seed).encode()).digest()[:4], "big")
     try:
@@ -135,6 +136,43 @@ def _generate(source: str, num: int, seed: int) -> list[Problem]:
         Problem(f"{name}:{seed}:{i}", item["question"], str(item["answer"]), extra={"metadata": item["metadata"]})
         for i, item in enumerate(items)
     ]
+
+
+def _write(source: str, num: int, seed: int) -> list[Problem]:
+    """Problems from templates."""
+    name, _, query = source.removeprefix(TEMPLATED_PREFIX).partition("?")
+    if name != "sums":
+        raise MagistralError(f"{source}: there are no templates of that name; expected {TEMPLATED_PREFIX}sums")
+    settings = _settings(source, "sums", query, list(_SUMS_PARAMETERS), num)
+    for key, value in settings.items():
+        kind, expected = _SUMS_PARAMETERS[key]
+        parts = value if isinstance(value, list) and key != "largest" else [value]
+        if not all(type(part) is kind for part in parts):
+            raise MagistralError(f"{source}: generator sums refuses its parameters: {key} is {expected}")
+    try:
+        return templated.sums(num, seed, **settings)
+    except ValueError as error:
+        raise MagistralError(f"{source}: generator sums refuses its parameters: {error}") from None
+
+
+_SUMS_PARAMETERS = {
+    "language": (str, "a code or several"),
+    "terms": (int, "a whole number or two"),
+    "largest": (int, "a whole number"),
+}
+
+
+def _settings(source: str, name: str, query: str, known: Sequence[str], num: int) -> dict[str, Any]:
+    """Parameters of a generator, out of those that it knows."""
+    if num <= 0:
+        raise MagistralError(f"{source}: a generator needs a number of problems (data.num_train, …), found {num}")
+    settings: dict[str, Any] = {}
+    for key, value in urllib.parse.parse_qsl(query, keep_blank_values=True):
+        if key not in known:
+            close = difflib.get_close_matches(key, known, n=3) or known
+            raise MagistralError(f"{source}: generator {name} has no parameter {key!r}{_did_you_mean(close)}")
+        settings[key] = _value(value)
+    return settings
 
 
 def _value(text: str) -> int | float | bool | str | list[Any]:

@@ -17,6 +17,7 @@ from magistral_jax.data.tokenizer import split_at
 from magistral_jax.records import MagistralError
 
 TEKKEN_FILE = "tekken.json"
+_BEGIN, _END = "<s>", "</s>"
 
 _TEMPLATE = (
     "{{ bos_token }}{% for message in messages %}"
@@ -39,7 +40,7 @@ class TekkenTokenizer:
         """Read `tekken.json`; without a template of the folder's own, turns are those of the file's version.
 
         Raises:
-          MagistralError: mistral-common is not installed, or the file is damaged.
+          MagistralError: mistral-common is missing, or the file is damaged or lacks tokens to begin and end a turn.
         """
         path = pathlib.Path(folder) / TEKKEN_FILE
         try:
@@ -57,13 +58,12 @@ class TekkenTokenizer:
         self.vocab_size: int = self._tekken.n_words
         names = [self._decode([i]) for i in range(self._tekken.num_special_tokens)]
         self.special_tokens: Mapping[str, int] = {name: i for i, name in enumerate(names)}
-        self.bos_id: int | None = self._tekken.bos_id
-        self.stop_ids: tuple[int, ...] = (self._tekken.eos_id,)
+        if missing := [name for name in (_BEGIN, _END) if name not in self.special_tokens]:
+            raise MagistralError(f"{path}: the special token {missing[0]} is missing; expected {_BEGIN} and {_END}")
+        self.bos_id: int | None = self.special_tokens[_BEGIN]
+        self.stop_ids: tuple[int, ...] = (self.special_tokens[_END],)
         self.pad_id: int = self.special_tokens.get("<pad>", self.stop_ids[0])
-        self.named_tokens: Mapping[str, str] = {
-            "bos_token": names[self._tekken.bos_id],
-            "eos_token": names[self._tekken.eos_id],
-        }
+        self.named_tokens: Mapping[str, str] = {"bos_token": _BEGIN, "eos_token": _END}
         self.chat_template: str | None = chat_template or _TEMPLATES[self._tekken.version >= TokenizerVersion.v7]
 
     def encode(self, text: str, *, allow_special: bool = False) -> Int32[np.ndarray, " T"]:

@@ -10,6 +10,7 @@ import re
 
 import numpy as np
 
+from magistral_jax.data import templated
 from magistral_jax.data.rows import read_rows
 from magistral_jax.data.sources import STATEMENT_COLUMNS
 from magistral_jax.records import MagistralError, Problem
@@ -45,31 +46,37 @@ def read_traces(path: str | pathlib.Path) -> list[Trace]:
     return traces
 
 
-def chain_sum_traces(
+def make_traces(
     problems: list[Problem],
     rng: np.random.Generator,
     *,
     thorough_share: float,
     lucky_share: float = 0.25,
+    native_share: float = 1.0,
     think_tags: tuple[str, str] = ("<think>", "</think>"),
 ) -> list[Trace]:
-    """One trace for each chain-of-sums problem, thorough or hasty; a function of its arguments.
+    """One trace for each sum, thorough or hasty; a function of its arguments.
 
     Args:
-      problems: From `reasoning-gym:chain_sum`.
+      problems: From `reasoning-gym:chain_sum` or `templated:sums`.
       rng: Its draws decide the style of each trace and the guesses.
       thorough_share: Probability that a trace thinks step by step.
       lucky_share: Probability that a hasty guess is right.
+      native_share: Probability that thoughts and answer to a templated problem are in its language; the others are in
+        English. Chains of sums have no language.
       think_tags: Opening and closing tag of the thoughts.
     """
     traces: list[Trace] = []
     for problem in problems:
-        if rng.random() < thorough_share:
-            thoughts, answer = thorough_thoughts(problem)
+        is_thorough = rng.random() < thorough_share
+        if templated.is_templated(problem):
+            language = problem.extra["language"] if rng.random() < native_share else "en"
+            result = int(problem.answer) if is_thorough else _guess(int(problem.answer), rng, lucky_share)
+            thoughts, answer = templated.completion_words(problem, result, language, is_thorough=is_thorough)
         else:
-            thoughts, answer = hasty_thoughts(problem, rng, lucky_share)
-        completion = f"{think_tags[0]}{thoughts}{think_tags[1]}\\boxed{{{answer}}}"
-        traces.append(Trace(problem, completion))
+            thoughts, result = thorough_thoughts(problem) if is_thorough else hasty_thoughts(problem, rng, lucky_share)
+            answer = f"\\boxed{{{result}}}"
+        traces.append(Trace(problem, f"{think_tags[0]}{thoughts}{think_tags[1]}{answer}"))
     return traces
 
 
@@ -89,9 +96,13 @@ def thorough_thoughts(problem: Problem) -> tuple[str, int]:
 
 def hasty_thoughts(problem: Problem, rng: np.random.Generator, lucky_share: float) -> tuple[str, int]:
     """A guess without a step: the result with probability `lucky_share`, else a number nearby."""
-    result = sum(_terms(problem))
+    guess = _guess(sum(_terms(problem)), rng, lucky_share)
+    return f"looks like {guess}", guess
+
+
+def _guess(result: int, rng: np.random.Generator, lucky_share: float) -> int:
     offset = 0 if rng.random() < lucky_share else int(rng.integers(1, 10)) * (1 if rng.random() < 0.5 else -1)
-    return f"looks like {result + offset}", result + offset
+    return result + offset
 
 
 def _terms(problem: Problem) -> list[int]:
@@ -100,7 +111,7 @@ def _terms(problem: Problem) -> list[int]:
     matches = list(_TERM.finditer(expression))
     if not matches or "".join(match[0] for match in matches) != expression:
         raise MagistralError(
-            f"problem {problem.id}: traces are generated for reasoning-gym:chain_sum only; expected an expression of "
-            f"sums in its metadata, found {expression!r} (set sft.traces to a file for other problems)"
+            f"problem {problem.id}: traces are generated for reasoning-gym:chain_sum and templated:sums only; expected "
+            f"an expression of sums in its metadata, found {expression!r} (set sft.traces to a file for other problems)"
         )
     return [-int(match[2]) if match[1] == "-" else int(match[2]) for match in matches]

@@ -23,10 +23,14 @@ from magistral_jax.generate.kv_pages import PageAllocator
 from magistral_jax.generate.sequences import GenerationRequest, Prefix, Sequence, SequencePages
 from magistral_jax.generate.shapes import PrefillShapes, decode_row_counts
 from magistral_jax.policy.config import ModelConfig
+from magistral_jax.policy.enqueue import turn
 from magistral_jax.policy.paged_attention import choose_reader
 from magistral_jax.records import MagistralError, Rollout
 
 __all__ = ["ContinuousBatcher", "GenerationRequest"]
+
+_CPU_DISPATCH_TOKENS = 64  # what a dispatch costs, in tokens of prefill; measured
+_DISPATCH_TOKENS = 256  # the same on accelerators; a guess
 
 
 class ContinuousBatcher:
@@ -46,6 +50,7 @@ class ContinuousBatcher:
         self._stops = frozenset(stop_ids)
         self._stop_ids = jnp.asarray(sorted(stop_ids), jnp.int32)
         self._key = jax.random.key(seed)
+        self._turn = turn(mesh)
         longest = config.max_prompt_tokens + config.max_new_tokens
         self._table_width = -(-longest // config.page_size)
         spare = config.prefill_rows * self._table_width
@@ -56,7 +61,6 @@ class ContinuousBatcher:
                 f"{self._table_width + 1} pages of {config.page_size} tokens."
             )
         self._row_counts = decode_row_counts(config.num_slots)
-        self._prefill_shapes = PrefillShapes(config.prefill_chunk, config.prefill_rows, longest)
         self._pages = SequencePages(num_pages, config.page_size, config.decode_block)
         self._state = engine.init_state(
             model,
@@ -66,6 +70,9 @@ class ContinuousBatcher:
             dtype=jnp.dtype(config.kv_dtype),
             reader=self.reader,
         )
+        is_on_cpu = next(iter(self._state.slots.token.devices())).platform == "cpu"
+        dispatch_tokens = _CPU_DISPATCH_TOKENS if is_on_cpu else _DISPATCH_TOKENS
+        self._prefill_shapes = PrefillShapes(config.prefill_chunk, config.prefill_rows, longest, dispatch_tokens)
         self._waiting: collections.deque[Sequence] = collections.deque()
         self._slots: dict[int, Sequence] = {}  # from the oldest to the youngest
         self.ended: list[Sequence] = []  # in the latest step, in the order of its rollouts
@@ -159,6 +166,7 @@ class ContinuousBatcher:
         self._start()
         self._make_room()
         started = [slot for slot, sequence in self._slots.items() if sequence.is_started]
+        started.sort(key=lambda slot: len(self._slots[slot].pages))  # rows of like length are read together
         self.ended = []
         if not started:
             return []
@@ -245,7 +253,8 @@ class ContinuousBatcher:
 
     def _stop(self, slots: list[int]) -> None:
         is_stopped = np.isin(np.arange(self._config.num_slots), slots)
-        self._state = engine.EngineState(self._state.layers, engine.deactivate(self._state.slots, is_stopped))
+        with self._turn:
+            self._state = engine.EngineState(self._state.layers, engine.deactivate(self._state.slots, is_stopped))
 
     def _drop_idle_prefixes(self) -> None:
         self._pages.drop_prefixes(keep_for=self._waiting[0] if self._waiting else None)
@@ -271,20 +280,22 @@ class ContinuousBatcher:
         self._read(tokens, starts, lengths, table)
 
     def _read(self, tokens: np.ndarray, starts: np.ndarray, lengths: np.ndarray, table: np.ndarray) -> None:
-        self._state = engine.prefill(self.params, self._model, self._state, tokens, starts, lengths, table)
+        with self._turn:
+            self._state = engine.prefill(self.params, self._model, self._state, tokens, starts, lengths, table)
 
     def _decode(self, rows: np.ndarray, table: np.ndarray) -> engine.Block:
-        self._state, block = engine.decode_block(
-            self.params,
-            self._model,
-            self._state,
-            rows,
-            table,
-            self._stop_ids,
-            self._key,
-            num_steps=self._config.decode_block,
-            num_top=self._num_top,
-        )
+        with self._turn:
+            self._state, block = engine.decode_block(
+                self.params,
+                self._model,
+                self._state,
+                rows,
+                table,
+                self._stop_ids,
+                self._key,
+                num_steps=self._config.decode_block,
+                num_top=self._num_top,
+            )
         return block
 
     def _start(self) -> None:
@@ -318,7 +329,8 @@ class ContinuousBatcher:
             top_p=jnp.asarray(top_p),
             **{name: jnp.asarray(values) for name, values in integers.items()},
         )
-        self._state = engine.admit(self._state, arrivals, is_new, source, target)
+        with self._turn:
+            self._state = engine.admit(self._state, arrivals, is_new, source, target)
 
     def _choose_rows(self, started: list[int]) -> Int32[np.ndarray, " R"]:
         """Slots of the next block, those that sample first; of few different numbers, since each is compiled."""
@@ -327,9 +339,9 @@ class ContinuousBatcher:
         return np.asarray([*started, *others][:num_rows], np.int32)
 
     def _collect(self, started: list[int], block: engine.Block) -> list[Rollout]:
-        finished = []
-        for column, slot in enumerate(started):
-            sequence = self._slots[slot]
+        finished, columns = [], {slot: column for column, slot in enumerate(started)}
+        for slot in [slot for slot in self._slots if slot in columns]:  # from the oldest to the youngest
+            sequence, column = self._slots[slot], columns[slot]
             count = int(block.is_sampled[:, column].sum())
             sequence.tokens += block.tokens[:count, column].tolist()
             sequence.logprobs += block.logprob[:count, column].tolist()

@@ -42,7 +42,7 @@ _JAX_SETTINGS_HERE = (
 )
 
 
-class GeneratorDiedError(Exception):
+class GeneratorDiedError(MagistralError):
     """A generator's process has ended, and not because it was told to; the message says which and how."""
 
 

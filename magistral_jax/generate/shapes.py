@@ -2,7 +2,7 @@
 
 Each shape costs seconds to compile and every token of padding costs its compute, so there are few, and they are chosen
 by what a dispatch holds: about `chunk` tokens, enough to keep the hardware at its matrix products, as many rows of a
-narrow width or one row of the widest. Beside them stands one lone row of each width, for a prompt that comes alone.
+narrow width or one row of the widest. Beside them stands one lone row of each width, for what does not fill a dispatch.
 """
 
 import dataclasses
@@ -20,11 +20,14 @@ class PrefillShapes:
       chunk: Most tokens of a row, and roughly those of a dispatch.
       most_rows: Most rows of a dispatch.
       longest: No prompt is longer than this many tokens.
+      dispatch_tokens: A dispatch costs as much as this many tokens, whatever it holds: few on a CPU, many where kernels
+        are launched and a narrow matrix product leaves most of the hardware idle.
     """
 
     chunk: int
     most_rows: int
     longest: int
+    dispatch_tokens: int
 
     @property
     def widths(self) -> tuple[int, ...]:
@@ -51,7 +54,7 @@ class PrefillShapes:
 
         Returns:
           (rows, width, indices of the chunks in it) of each dispatch. What is left of a width after full dispatches
-          goes into one more when that would be at least half full, and otherwise row by row.
+          goes into one more, or row by row, whichever costs less.
         """
         by_width: dict[int, list[int]] = {}
         for index, length in enumerate(lengths):
@@ -61,7 +64,7 @@ class PrefillShapes:
             rows = self.rows(width)
             for start in range(0, len(indices), rows):
                 some = indices[start : start + rows]
-                alone = 2 * len(some) < rows
+                alone = len(some) * (width + self.dispatch_tokens) < rows * width + self.dispatch_tokens
                 dispatches += [(1, width, [index]) for index in some] if alone else [(rows, width, some)]
         return dispatches
 

@@ -9,7 +9,7 @@ Queries, keys and values carry their positions already (rotary); attention knows
 `splash` have not run on their hardware: see docs/kernels.md for what was checked without it.
 """
 
-from typing import Literal
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -24,7 +24,7 @@ from magistral_jax.records import MagistralError
 RowAttention = Literal["reference", "blocked", "cudnn", "splash"]
 
 _MASKED = -1e30  # finite, so that a row without any key gives numbers and not NaN
-_QUERY_BLOCK = 128  # fewest queries that share a slice of keys in a row
+_QUERY_BLOCK = 64  # fewest queries that share a slice of keys in a row
 _MOST_BLOCKS = 4  # slices of a row: each is compiled on its own
 _LONGEST_DENSE = 2048  # tokens of a row; longer ones are streamed
 _CUDNN_WIDEST = 256  # dimensions of a head, on Hopper and later
@@ -135,15 +135,55 @@ def _blocked_attention(
     # Queries go in blocks, each reading the keys up to its own end, so most of the empty half of a causal score matrix
     # is never computed. A key to the right of its query may thus be left out whatever the mask says: only padding has
     # such.
-    tokens = q.shape[1]
+    rows, tokens, heads, size = q.shape
+    kv_heads = k.shape[2]
     block = max(_QUERY_BLOCK, -(-tokens // _MOST_BLOCKS))
-    starts = range(0, tokens, block)
-    ends = [min(start + block, tokens) for start in starts]
-    mixed = [
-        _dense_attention(q[:, start:end], k[:, :end], v[:, :end], mask[:, start:end, :end])
-        for start, end in zip(starts, ends, strict=True)
-    ]
-    return jnp.concatenate(mixed, axis=1)
+    q = (q * size**-0.5).reshape(rows, tokens, kv_heads, -1, size).transpose(0, 2, 3, 1, 4)
+    k, v = (x.transpose(0, 2, 1, 3) for x in (k, v))
+    mixed = []
+    for start in range(0, tokens, block):
+        end = min(start + block, tokens)
+        bias = jnp.where(mask[:, start:end, :end], 0.0, _MASKED)
+        mixed.append(_mix(q[:, :, :, start:end], k[:, :, :end], v[:, :, :end], bias))
+    return jnp.concatenate(mixed, axis=3).transpose(0, 3, 1, 2, 4).reshape(rows, tokens, heads, size)
+
+
+@jax.custom_vjp
+def _mix(
+    q: Float[Array, "B K G Q E"], k: Float[Array, "B K S E"], v: Float[Array, "B K S E"], bias: Float[Array, "B Q S"]
+) -> Float[Array, "B K G Q E"]:
+    """Softmax attention of scaled queries. Its gradient keeps one array of the size of the scores, the weights."""
+    return _mix_forward(q, k, v, bias)[0]
+
+
+def _mix_forward(q: Array, k: Array, v: Array, bias: Array) -> tuple[Array, Any]:
+    # The query heads of a KV head are laid side by side, so that each KV head is one matrix product.
+    shape, queries = q.shape, q.reshape(*q.shape[:2], -1, q.shape[-1])
+    scores = jnp.einsum("bkqe,bkse->bkqs", queries, k, preferred_element_type=jnp.float32)
+    scores = scores.reshape(*shape[:4], -1) + bias[:, None, None]
+    weights = jnp.exp(scores - scores.max(axis=-1, keepdims=True))
+    mass = weights.sum(axis=-1).reshape(*queries.shape[:3], 1)
+    weights = weights.reshape(*queries.shape[:3], -1).astype(v.dtype)
+    # Divided after the product: fewer numbers.
+    mixed = jnp.einsum("bkqs,bkse->bkqe", weights, v, preferred_element_type=jnp.float32) / mass
+    mixed = mixed.astype(v.dtype)
+    return mixed.reshape(shape), (queries, k, v, weights, mass, mixed)
+
+
+def _mix_backward(saved: Any, gradient: Array) -> tuple[Array, Array, Array, None]:
+    q, k, v, weights, mass, mixed = saved
+    wide = gradient.reshape(q.shape).astype(jnp.float32) / mass
+    # Σₛ weightₛ · (gradient · vₛ), the part of the softmax's gradient that all keys of a query share.
+    shared = (wide * mixed.astype(jnp.float32)).sum(axis=-1, keepdims=True)
+    wide = wide.astype(v.dtype)
+    to_weights = jnp.einsum("bkqe,bkse->bkqs", wide, v, preferred_element_type=jnp.float32)
+    to_scores = (weights.astype(jnp.float32) * (to_weights - shared)).astype(k.dtype)
+    to_q = jnp.einsum("bkqs,bkse->bkqe", to_scores, k).reshape(gradient.shape)
+    to_k = jnp.einsum("bkqs,bkqe->bkse", to_scores, q)
+    return to_q, to_k, jnp.einsum("bkqs,bkqe->bkse", weights, wide), None
+
+
+_mix.defvjp(_mix_forward, _mix_backward)
 
 
 def _dense_attention(

@@ -9,6 +9,7 @@ import pathlib
 from collections.abc import Mapping
 from typing import Any
 
+from magistral_jax.policy import hf_vision
 from magistral_jax.policy.config import ModelConfig, RopeScaling
 from magistral_jax.records import MagistralError
 
@@ -41,10 +42,11 @@ def read_model_config(folder: str | pathlib.Path) -> ModelConfig:
       MagistralError: No config.json, a key is missing, or the model has a part that is not implemented.
     """
     path = pathlib.Path(folder) / "config.json"
-    raw = read_json(path)
+    raw = read_text_config(folder)
     family = _FAMILIES.get(raw.get("model_type", ""))
     if family is None:
-        raise MagistralError(f"{path}: model_type {raw.get('model_type')!r} is not one of {', '.join(_FAMILIES)}")
+        known = ", ".join([*_FAMILIES, hf_vision.MODEL_TYPE])
+        raise MagistralError(f"{path}: model_type {raw.get('model_type')!r} is not one of {known}")
     _refuse_unsupported(path, raw)
     rope = {**(raw.get("rope_scaling") or {}), **(raw.get("rope_parameters") or {})}  # transformers 4, 5
     num_heads = _require(path, raw, "num_attention_heads")
@@ -134,6 +136,18 @@ def read_json(path: pathlib.Path) -> dict[str, Any]:
     if not isinstance(value, dict):
         raise MagistralError(f"{path}: expected a JSON object, found {type(value).__name__}")
     return value
+
+
+def read_text_config(folder: str | pathlib.Path) -> dict[str, Any]:
+    """`config.json` of a model folder; of a model that also sees, what it says of the text part."""
+    path = pathlib.Path(folder) / "config.json"
+    raw = read_json(path)
+    return hf_vision.text_config(path, raw) if also_sees(folder) else raw
+
+
+def also_sees(folder: str | pathlib.Path) -> bool:
+    """Whether a folder holds a model of which only the text part is taken."""
+    return read_json(pathlib.Path(folder) / "config.json").get("model_type") == hf_vision.MODEL_TYPE
 
 
 def _require(path: pathlib.Path, raw: Mapping[str, Any], key: str) -> int:

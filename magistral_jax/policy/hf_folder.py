@@ -18,8 +18,9 @@ import numpy.typing as npt
 import safetensors
 import safetensors.numpy
 
+from magistral_jax.policy import hf_vision
 from magistral_jax.policy.config import ModelConfig
-from magistral_jax.policy.hf_config import hf_config, read_json, read_model_config
+from magistral_jax.policy.hf_config import also_sees, hf_config, read_json, read_model_config, read_text_config
 from magistral_jax.records import MagistralError
 
 __all__ = [
@@ -135,17 +136,24 @@ class TensorFiles:
     def __init__(self, folder: str | pathlib.Path, config: ModelConfig) -> None:
         folder = pathlib.Path(folder)
         self._files = _tensor_files(folder)
-        unknown = dict(self._files)
+        has_vision = also_sees(folder)
+        self._names = hf_vision.text_names(self._files) if has_vision else {name: name for name in self._files}
+        unknown = dict(self._names)
         for entry in tensor_table(config):
             for name in _names(entry, config):
                 if unknown.pop(name, None) is None:
                     raise MagistralError(
                         f"{folder}: tensor {name} is missing; config.json asks for {list(entry.hf_shape)}"
                     )
-        ignored = {"lm_head.weight"} if config.tie_embeddings else set()
+        # Beside `mistral3`'s setting that the head is the embedding, another head may be stored, and would count.
+        ignored = {"lm_head.weight"} if config.tie_embeddings and not has_vision else set()
         rest = sorted(name for name in unknown if name not in ignored and not name.endswith("rotary_emb.inv_freq"))
         if rest:
-            raise MagistralError(f"{unknown[rest[0]]}: tensor {rest[0]} has no place in a model of this config.json")
+            stored = unknown[rest[0]]
+            hint = " (tie_word_embeddings is true there)" if rest[0] == "lm_head.weight" else ""
+            raise MagistralError(
+                f"{self._files[stored]}: tensor {stored} has no place in a model of this config.json{hint}"
+            )
 
     def read(self, name: str, shape: tuple[int, ...], index: tuple[slice, ...] | None = None) -> np.ndarray:
         """A tensor, or what lies at `index` of it: nothing else is read.
@@ -153,6 +161,7 @@ class TensorFiles:
         Raises:
           MagistralError: The file is damaged, or the tensor is not as config.json says.
         """
+        name = self._names[name]
         path = self._files[name]
         with _open(path) as file:
             if name not in file.keys():  # noqa: SIM118 (no mapping)
@@ -224,7 +233,7 @@ def save_folder(
                 if (source / name).exists():
                     shutil.copy(source / name, partial / name)
             if (source / "config.json").exists():
-                given = read_json(source / "config.json")
+                given = read_text_config(source)
                 raw |= {key: given[key] for key in _TOKEN_KEYS if key in given}
         (partial / "config.json").write_text(json.dumps(raw, indent=2) + "\n", encoding="utf-8")
         _write_weights(partial, params, config, np.dtype(getattr(ml_dtypes, dtype, dtype)), max_shard_bytes)

@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax.custom_derivatives import SymbolicZero
 from jaxtyping import Array, Float, Int
 
 from magistral_jax.policy.config import ModelConfig
@@ -69,10 +70,14 @@ def _scores(
     states: Float[Array, "C N D"], kernel: Float[Array, "D V"], targets: Int[Array, "C N"], temperature: float
 ) -> tuple[Float[Array, "C N"], Float[Array, "C N"]]:
     """Log-probs and entropies of C chunks of N tokens."""
-    return _scores_forward(states, kernel, targets, temperature)[0]
+    return _scores_and_kept(states, kernel, targets, temperature)[0]
 
 
-def _scores_forward(states: Array, kernel: Array, targets: Array, temperature: float) -> tuple[Any, Any]:
+def _scores_forward(states: Any, kernel: Any, targets: Any, temperature: float) -> tuple[Any, Any]:
+    return _scores_and_kept(states.value, kernel.value, targets.value, temperature)
+
+
+def _scores_and_kept(states: Array, kernel: Array, targets: Array, temperature: float) -> tuple[Any, Any]:
     if states.shape[0] == 1:
         logit, scores, token = _score(states[0], kernel, targets[0], temperature)
         scores, token, kept = jax.tree.map(lambda x: x[None], (scores, token, logit))
@@ -92,8 +97,10 @@ def _score(state: Array, kernel: Array, target: Array, temperature: float) -> tu
     return logit, (logprob, entropy), _Token(state, target, normalizer, entropy)
 
 
-def _scores_backward(temperature: float, saved: Any, cotangents: tuple[Array, Array]) -> tuple[Array, Array, None]:
+def _scores_backward(temperature: float, saved: Any, cotangents: tuple[Any, Any]) -> tuple[Array, Array, None]:
     token, kernel, kept = saved
+    # None where nobody asked for that gradient: mostly, entropy is but a metric.
+    asked = [None if isinstance(x, SymbolicZero) else x for x in cotangents]
 
     def add(kernel_gradient: Array, chunk: Any) -> tuple[Array, Array]:
         token, cotangents, logit = chunk
@@ -106,18 +113,25 @@ def _scores_backward(temperature: float, saved: Any, cotangents: tuple[Array, Ar
         return kernel_gradient + part, state_gradient
 
     # Summed in float32 whatever the precision of the computation: a bfloat16 sum over many chunks loses the small ones.
-    kernel_gradient, state_gradient = jax.lax.scan(add, jnp.zeros(kernel.shape, jnp.float32), (token, cotangents, kept))
+    kernel_gradient, state_gradient = jax.lax.scan(add, jnp.zeros(kernel.shape, jnp.float32), (token, asked, kept))
     return state_gradient, kernel_gradient.astype(kernel.dtype), None
 
 
 def _logit_gradient(
-    logit: Float[Array, "N V"], token: _Token, from_logprob: Float[Array, " N"], from_entropy: Float[Array, " N"]
+    logit: Float[Array, "N V"],
+    token: _Token,
+    from_logprob: Float[Array, " N"] | None,
+    from_entropy: Float[Array, " N"] | None,
 ) -> Float[Array, "N V"]:
     """∂ log pₜ / ∂ logit = 1ₜ − p;  ∂ H / ∂ logit = −p · (log p + H)."""
     logp = logit - token.normalizer[:, None]
-    weight = from_logprob[:, None] + from_entropy[:, None] * (logp + token.entropy[:, None])
-    is_target = jax.lax.broadcasted_iota(jnp.int32, logit.shape, 1) == token.target[:, None]
-    return jnp.where(is_target, from_logprob[:, None], 0.0) - jnp.exp(logp) * weight
+    gradient = jnp.zeros_like(logit)
+    if from_logprob is not None:
+        is_target = jax.lax.broadcasted_iota(jnp.int32, logit.shape, 1) == token.target[:, None]
+        gradient += jnp.where(is_target, from_logprob[:, None], 0.0) - jnp.exp(logp) * from_logprob[:, None]
+    if from_entropy is not None:
+        gradient -= jnp.exp(logp) * (logp + token.entropy[:, None]) * from_entropy[:, None]
+    return gradient
 
 
 def _logits(state: Float[Array, "N D"], kernel: Float[Array, "D V"], temperature: float) -> Float[Array, "N V"]:
@@ -125,4 +139,4 @@ def _logits(state: Float[Array, "N D"], kernel: Float[Array, "D V"], temperature
     return jnp.einsum("nd,dv->nv", state, kernel, preferred_element_type=jnp.float32) / temperature
 
 
-_scores.defvjp(_scores_forward, _scores_backward)
+_scores.defvjp(_scores_forward, _scores_backward, symbolic_zeros=True)

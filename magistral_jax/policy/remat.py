@@ -1,7 +1,7 @@
 """What of a layer is kept for the backward pass, by name; the rest is computed again.
 
 Weights that were gathered or cast for a layer are not kept, as a copy of each layer's would be a copy of the model; but
-for `none`, which in bfloat16 does keep a cast copy: with large models take another.
+for `none`, which does keep such copies: with large models take another.
 """
 
 from collections.abc import Callable
@@ -15,7 +15,6 @@ Remat = Literal["none", "full", "dots", "dots_no_batch", "outputs"]
 _WEIGHTS, ATTENTION_OUTPUT, MLP_OUTPUT = "weights", "attention_output", "mlp_output"
 _policies = jax.checkpoint_policies
 _POLICIES: dict[str, Callable[..., Any]] = {
-    "none": _policies.save_anything_except_these_names(_WEIGHTS),
     "full": _policies.nothing_saveable,
     "dots": _policies.dots_saveable,
     "dots_no_batch": _policies.dots_with_no_batch_dims_saveable,
@@ -28,7 +27,10 @@ def name_weights(weights: Any) -> Any:
     return jax.tree.map(lambda leaf: checkpoint_name(leaf, _WEIGHTS), weights)
 
 
-def rematerialise(block: Callable[..., Any], policy: Remat) -> Callable[..., Any]:
+def rematerialise(block: Callable[..., Any], policy: Remat, *, is_unrolled: bool = False) -> Callable[..., Any]:
     """The body of a scan over layers, keeping what the policy says."""
-    # The scan keeps forward and backward apart, so nothing has to be fenced off from common-subexpression elimination.
-    return jax.checkpoint(block, policy=_POLICIES[policy], prevent_cse=False)
+    if policy == "none":
+        return block
+    # A loop keeps forward and backward apart; without one, what is computed again is fenced off from
+    # common-subexpression elimination, or it would be kept after all.
+    return jax.checkpoint(block, policy=_POLICIES[policy], prevent_cse=is_unrolled)

@@ -15,7 +15,7 @@ from jaxtyping import Array, Float, Int, PRNGKeyArray
 
 from magistral_jax.policy.attention import RowAttention, packed_rows, segment_attention
 from magistral_jax.policy.config import ModelConfig
-from magistral_jax.policy.layers import DecoderLayer, rms_norm
+from magistral_jax.policy.layers import DecoderLayer, rms_norm, rope_frequencies, rotation
 from magistral_jax.policy.layout import Layout
 from magistral_jax.policy.paged_attention import paged_attention
 from magistral_jax.policy.pages import PagedCache, write_pages
@@ -45,8 +45,8 @@ def _init_boxed(config: ModelConfig, key: PRNGKeyArray) -> dict[str, Any]:
     scale = nn.with_logical_partitioning(jax.nn.initializers.ones, (None,))
     layer = DecoderLayer(config)
     x = jnp.zeros((1, 1, config.d_model))
-    positions = jnp.zeros((1, 1), jnp.int32)
-    init_layer = lambda k: layer.init(k, x, positions, lambda q, k, v: (q, None))["params"]
+    unturned = rotation(jnp.zeros((1, 1), jnp.int32), rope_frequencies(config))
+    init_layer = lambda k: layer.init(k, x, unturned, lambda q, k, v: (q, None))["params"]
     params = {
         "embed": {"embedding": table(embed_key, (config.vocab_size, config.d_model))},
         "layers": jax.vmap(init_layer)(jax.random.split(layer_key, config.num_layers)),
@@ -67,6 +67,7 @@ def forward(  # noqa: PLR0913, what a caller may choose about one computation
     *,
     dtype: jnp.dtype = _FLOAT32,
     remat: Remat = "none",
+    unroll: int = 1,
     layout: Layout | None = None,
     attention: RowAttention = "blocked",
 ) -> tuple[Float[Array, "B T D"], PagedCache | None]:
@@ -83,6 +84,7 @@ def forward(  # noqa: PLR0913, what a caller may choose about one computation
       cache: Page pool and page table, or None.
       dtype: Precision of the computation.
       remat: What of a layer is kept for the backward pass; see `policy.remat`.
+      unroll: Layers in one turn of the loop over stacked layers; 0 is all.
       layout: Where `params` and the tokens are one device's part (inside `shard_map`), how they come together.
       attention: How attention is computed without a cache; pages say for themselves how they are read.
 
@@ -90,6 +92,7 @@ def forward(  # noqa: PLR0913, what a caller may choose about one computation
       Hidden states, and the updated cache (None without one).
     """
     layer = DecoderLayer(config)
+    turn = rotation(positions, rope_frequencies(config))
     cast = lambda tree: jax.tree.map(lambda leaf: leaf.astype(dtype), tree)
     embed = cast(params["embed"])
     x = (embed if layout is None else layout.gather(embed, layout.specs["embed"]))["embedding"][tokens]
@@ -104,9 +107,10 @@ def forward(  # noqa: PLR0913, what a caller may choose about one computation
             weights, adapters = cast(parts)
             weights = name_weights(weights if layout is None else layout.gather_layer(weights))
             variables = {"params": weights, "adapters": adapters}
-            return layer.apply(variables, x, positions, attend)  # pyright: ignore[reportReturnType]
+            return layer.apply(variables, x, turn, attend)  # pyright: ignore[reportReturnType]
 
-        x, _ = jax.lax.scan(rematerialise(block, remat), x, (params["layers"], params.get("adapters", {})))
+        body = rematerialise(block, remat, is_unrolled=unroll != 1)
+        x, _ = jax.lax.scan(body, x, (params["layers"], params.get("adapters", {})), unroll=unroll)
         return final_norm(params, config, x), None
 
     is_live = segment_ids > 0
@@ -117,7 +121,7 @@ def forward(  # noqa: PLR0913, what a caller may choose about one computation
             pages = write_pages(pages, k, v, cache.page_table, positions, is_live)
             return paged_attention(q, pages, cache.page_table, positions, is_live, config.sliding_window), pages
 
-        x, new_pages = layer.apply({"params": cast(weights)}, x, positions, attend_pages)
+        x, new_pages = layer.apply({"params": cast(weights)}, x, turn, attend_pages)
         new_layers.append(new_pages)
     return final_norm(params, config, x), PagedCache(tuple(new_layers), cache.page_table)
 

@@ -17,48 +17,57 @@ from magistral_jax.verify.pool import VerifyItem
 Group = tuple[Prompt, list[Graded]]
 
 
+@dataclasses.dataclass(frozen=True)
+class Assignment:
+    """What is asked for with a group: a prompt, how its completions are drawn, and how their length is judged."""
+
+    prompt: Prompt
+    sampling: SamplingParams
+    length_cache: int | None = None  # l_cache of Eq. 1 in tokens; None: that of the settings
+
+
 class Holdings:
-    """Prompts, rollouts and rewards of the groups that are on their way, ready, or in the trainer.
+    """Assignments, rollouts and rewards of the groups that are on their way, ready, or in the trainer.
 
     Args:
       group_size: G, completions of a group.
-      sampling: How they are drawn.
-      prompt_at: Prompt of a group.
+      assign: Assignment of a group, by its id; always the same.
       decode: Text of a completion.
     """
 
     def __init__(
         self,
         group_size: int,
-        sampling: SamplingParams,
-        prompt_at: Callable[[int], Prompt],
+        assign: Callable[[int], Assignment],
         decode: Callable[[np.ndarray], str],
     ) -> None:
-        self._group_size, self._sampling = group_size, sampling
-        self._prompt_at, self._decode = prompt_at, decode
-        self._prompts: dict[int, Prompt] = {}
+        self._group_size, self._assign, self._decode = group_size, assign, decode
+        self._assigned: dict[int, Assignment] = {}
         self.rollouts: dict[int, Rollout] = {}
         self.rewards: dict[int, Reward] = {}
 
     def requests(self, group_id: int) -> list[GenerationRequest]:
         """Begin a group: what the engine is asked for."""
-        prompt = self._prompts[group_id] = self._prompt_at(group_id)
-        return [GenerationRequest(i, prompt.token_ids, self._sampling) for i in self._members(group_id)]
+        self._assigned[group_id] = self._assign(group_id)
+        return [self.request(i) for i in self._members(group_id)]
 
     def request(self, request_id: int) -> GenerationRequest:
         """One request, of a group that need not have been begun."""
-        prompt = self._prompt_at(request_id // self._group_size)
-        return GenerationRequest(request_id, prompt.token_ids, self._sampling)
+        group_id = request_id // self._group_size
+        assigned = self._assigned.get(group_id) or self._assign(group_id)
+        return GenerationRequest(request_id, assigned.prompt.token_ids, assigned.sampling)
 
     def item(self, request_id: int) -> VerifyItem:
         """What the verifiers are given of a finished completion."""
         rollout, group_id = self.rollouts[request_id], request_id // self._group_size
+        assigned = self._assigned[group_id]
         return VerifyItem(
             request_id=request_id,
-            problem=self._prompts[group_id].problem,
+            problem=assigned.prompt.problem,
             completion=self._decode(rollout.completion_ids),
             num_tokens=len(rollout.completion_ids),
-            max_length=self._sampling.max_new_tokens,
+            max_length=assigned.sampling.max_new_tokens,
+            length_cache=assigned.length_cache,
             truncated=rollout.truncated,
             group=group_id,
             group_size=self._group_size,
@@ -67,7 +76,8 @@ class Holdings:
 
     def look(self, group_id: int) -> Group:
         """All that is held of a complete group."""
-        return self._prompts[group_id], [Graded(self.rollouts[i], self.rewards[i]) for i in self._members(group_id)]
+        prompt = self._assigned[group_id].prompt
+        return prompt, [Graded(self.rollouts[i], self.rewards[i]) for i in self._members(group_id)]
 
     def take(self, group_id: int) -> Group:
         """Remove and return all that is held of a complete group."""
@@ -77,7 +87,7 @@ class Holdings:
 
     def keep_only(self, group_ids: Iterable[int]) -> None:
         """Forget all other groups: after a resume they are sampled anew."""
-        for group_id in self._prompts.keys() - set(group_ids):
+        for group_id in self._assigned.keys() - set(group_ids):
             self._forget(group_id)
 
     def pack(self, group_ids: Iterable[int]) -> bytes:
@@ -92,16 +102,16 @@ class Holdings:
         for plain in unpacker:
             request_id = plain[0]
             group_id = request_id // self._group_size
-            if group_id not in self._prompts:
-                self._prompts[group_id] = self._prompt_at(group_id)
-            graded = _from_plain(plain, self._prompts[group_id])
+            if group_id not in self._assigned:
+                self._assigned[group_id] = self._assign(group_id)
+            graded = _from_plain(plain, self._assigned[group_id].prompt)
             self.rollouts[request_id], self.rewards[request_id] = graded.rollout, graded.reward
 
     def _members(self, group_id: int) -> range:
         return range(group_id * self._group_size, (group_id + 1) * self._group_size)
 
     def _forget(self, group_id: int) -> None:
-        self._prompts.pop(group_id, None)
+        self._assigned.pop(group_id, None)
         for request_id in self._members(group_id):
             self.rollouts.pop(request_id, None)
             self.rewards.pop(request_id, None)

@@ -22,27 +22,27 @@ from magistral_jax.generate.handle import Generator, GeneratorUsage, Intake, Not
 from magistral_jax.metrics import MetricsWriter, RolloutWriter
 from magistral_jax.policy.fingerprint import fingerprint
 from magistral_jax.pytrees import TrainState
-from magistral_jax.records import Graded, MagistralError, Prompt, Reward, Rollout, SamplingParams, WeightVersion
+from magistral_jax.records import Graded, MagistralError, Reward, Rollout, WeightVersion
 from magistral_jax.schedule import event_log, machine
+from magistral_jax.schedule.curriculum import Curriculum
 from magistral_jax.schedule.event_log import EventLog
-from magistral_jax.schedule.holdings import Group, Holdings
+from magistral_jax.schedule.holdings import Assignment, Group, Holdings
 from magistral_jax.schedule.live import Inbox, Report, RoleFailed, RoleFailedError, drive
 from magistral_jax.schedule.observe import FilterWatch, describe_rollouts
 from magistral_jax.schedule.state import Rules, State, to_saved
 from magistral_jax.verify.pool import PoolMetrics, VerifierPool
 
-# (state, groups, version) -> (state, metrics, advantages)
-Update = Callable[[TrainState, Sequence[Sequence[Graded]], int], tuple[TrainState, dict[str, float], np.ndarray]]
+# (state, groups, version, stage of the curriculum) -> (state, metrics, advantages)
+Update = Callable[[TrainState, Sequence[Sequence[Graded]], int, int], tuple[TrainState, dict[str, float], np.ndarray]]
 
 
 @dataclasses.dataclass(frozen=True)
 class Stages:
     """What the loop is made of; each is a value, so that a test or a study can put another in its place."""
 
-    prompt_at: Callable[[int], Prompt]
+    assign: Callable[[int], Assignment]
     decode: Callable[[np.ndarray], str]
     extract_answer: Callable[[str], str | None]
-    sampling: SamplingParams
     make_generator: Callable[[Reports], Generator]
     make_verifiers: Callable[[Callable[[int, Reward], None]], VerifierPool]
     update: Update
@@ -53,6 +53,7 @@ class Stages:
     log: EventLog
     on_step: Callable[[int, dict[str, float]], None]
     warn: Callable[[str], None]
+    curriculum: Curriculum | None = None
 
 
 class AsyncLoop:
@@ -67,6 +68,7 @@ class AsyncLoop:
       seconds_before: What the run took before a resume: the metric `wall_seconds` counts on from it.
       groups: The complete groups of the checkpoint that the run is resumed from, as `Holdings` packed them; None where
         it begins.
+      call: A stage that is to begin at once, by hand.
     """
 
     def __init__(
@@ -79,14 +81,16 @@ class AsyncLoop:
         deadline: float,
         seconds_before: float = 0.0,
         groups: bytes | None = None,
+        call: machine.StageBegan | None = None,
     ) -> None:
         self.inbox: Inbox = queue.SimpleQueue()
         self._rules, self._schedule, self._train_state = rules, schedule, train_state
         self._stages, self._deadline = stages, deadline
-        self._holdings = Holdings(rules.group_size, stages.sampling, stages.prompt_at, stages.decode)
+        self._holdings = Holdings(rules.group_size, stages.assign, stages.decode)
         if groups is not None:
             self._holdings.unpack(groups)
-        self._first_event = machine.Started() if groups is None else machine.Resumed()
+        self._first_events: list[machine.Event] = [machine.Started() if groups is None else machine.Resumed()]
+        self._first_events += [] if call is None else [call]
         self._sent: dict[int, int] = {}  # fingerprint of each published version
         self._step, self._in_trainer = schedule.num_done, tuple[int, ...]()
         self._fingerprint = 0  # of the trainer's parameters, after the last step
@@ -96,7 +100,7 @@ class AsyncLoop:
         self._trainer: threading.Thread | None = None  # of the running step
         self._step_began = time.monotonic()
         self._began = self._step_began - seconds_before
-        self._filtered = FilterWatch(rules.batch_size // rules.group_size)
+        self._filtered = FilterWatch(rules.at(schedule.stage).batch_size // rules.group_size)
 
     @property
     def train_state(self) -> TrainState:
@@ -123,7 +127,8 @@ class AsyncLoop:
             self._prepare_weights()
             self._publish(self._schedule.num_done)  # weights come before the first rollout, and before any others
             self._generator.start()
-            self.inbox.put(self._first_event)
+            for event in self._first_events:
+                self.inbox.put(event)
             try:
                 self._schedule = drive(
                     self._rules,
@@ -151,6 +156,9 @@ class AsyncLoop:
     def _act(self, state: State, action: machine.Action) -> None:
         stages = self._stages
         self._generator.is_at_bound = machine.is_at_bound(self._rules, state)
+        curriculum = stages.curriculum
+        if curriculum is not None and (event := curriculum.follow(action, self._holdings.look)):
+            self.inbox.put(event)  # before this batch can end
         match action:
             case machine.Dispatch(group_id):
                 self._generator.submit(self._holdings.requests(group_id))
@@ -164,9 +172,10 @@ class AsyncLoop:
                 self._step = step + 1
                 self._filtered.reset()
                 groups, self._in_trainer = [self._holdings.take(group_id) for group_id in group_ids], group_ids
-                depths = {"in_flight": state.num_in_flight, "ready_groups": len(state.ready)}
+                depths: dict[str, int | float] = {"in_flight": state.num_in_flight, "ready_groups": len(state.ready)}
                 depths |= {f"total_{how}": count for how, count in state.counts.items()}
-                work = (step, groups, depths)
+                depths |= {} if curriculum is None else curriculum.metrics()
+                work = (step, groups, depths, state.stage)
                 self._trainer = threading.Thread(target=self._train, args=work, name="trainer", daemon=True)
                 self._trainer.start()
             case machine.Publish(version):
@@ -175,9 +184,11 @@ class AsyncLoop:
                 saved = to_saved(state)
                 groups = self._holdings.pack(group_id for group_id, _ in saved["ready"])
                 saved["log_position"] = stages.log.sync()
+                if curriculum is not None:
+                    saved["curriculum"] = curriculum.to_saved(state.oldest_group())
                 saved[REWARD], self._rewards = float(np.mean(self._rewards)) if self._rewards else None, []
                 stages.checkpoints.save(step, self._train_state, saved, groups)
-            case machine.Finish():
+            case machine.OpenPool() | machine.Finish():
                 pass
 
     def _verify(self, request_id: int) -> None:
@@ -211,18 +222,18 @@ class AsyncLoop:
 
     # ---- the trainer thread ----
 
-    def _train(self, step: int, taken: list[Group], depths: dict[str, int]) -> None:
+    def _train(self, step: int, taken: list[Group], depths: dict[str, int | float], stage: int) -> None:
         try:
-            self._train_step(step, taken, depths)
+            self._train_step(step, taken, depths, stage)
         except Exception as error:
             self.inbox.put(RoleFailed("trainer", error))
         else:
             self.inbox.put(machine.Trained())
 
-    def _train_step(self, step: int, taken: list[Group], depths: dict[str, int]) -> None:
+    def _train_step(self, step: int, taken: list[Group], depths: dict[str, int | float], stage: int) -> None:
         began = time.monotonic()
         groups = [graded for _, graded in taken]
-        self._train_state, metrics, advantages = self._stages.update(self._train_state, groups, step)
+        self._train_state, metrics, advantages = self._stages.update(self._train_state, groups, step, stage)
         self._prepare_weights()
         now = time.monotonic()
         num_tokens = sum(graded.rollout.num_tokens for group in groups for graded in group)

@@ -66,13 +66,49 @@ class Trained:
 
 
 @dataclasses.dataclass(frozen=True)
+class StageBegan:
+    """The next stage of the curriculum: its rules hold from now on, and its pool for what is dispatched from now on."""
+
+    stage: int
+    pool: str  # of problems, as `data.pool` writes it; the machine only hands it on
+
+
+@dataclasses.dataclass(frozen=True)
+class PoolDrawn:
+    """The pool of the stage was drawn anew."""
+
+    pool: str
+
+
+@dataclasses.dataclass(frozen=True)
 class StopRequested:
     """The user, or a failed role, asks for an orderly end."""
 
 
-Event = Started | Resumed | GeneratorJoined | GeneratorLost | Generated | Verified | Trained | StopRequested
+Event = (
+    Started
+    | Resumed
+    | GeneratorJoined
+    | GeneratorLost
+    | Generated
+    | Verified
+    | Trained
+    | StageBegan
+    | PoolDrawn
+    | StopRequested
+)
 
 # ---- actions: what is to be done ----
+
+
+@dataclasses.dataclass(frozen=True)
+class OpenPool:
+    """Take the prompts of groups from `first_group` on out of this pool; batches from number `first_step` on follow."""
+
+    first_group: int
+    first_step: int
+    stage: int
+    pool: str
 
 
 @dataclasses.dataclass(frozen=True)
@@ -124,7 +160,7 @@ class Finish:
     """The loop is over."""
 
 
-Action = Dispatch | Verify | Discard | Train | Publish | Checkpoint | Finish
+Action = OpenPool | Dispatch | Verify | Discard | Train | Publish | Checkpoint | Finish
 
 
 def step(rules: Rules, state: State, event: Event) -> tuple[State, list[Action]]:
@@ -149,8 +185,11 @@ def step(rules: Rules, state: State, event: Event) -> tuple[State, list[Action]]
             state, actions = _grade(rules, state, request_id, reward)
         case Trained():
             state, actions = _finish_batch(rules, state)
+        case StageBegan() | PoolDrawn():
+            state, actions = _open_pool(rules, state, event)
         case StopRequested():
             state = dataclasses.replace(state, is_stopping=True)
+    rules = rules.at(state.stage)
     for advance in (_end, _train, _dispatch):
         state, more = advance(rules, state)
         actions += more
@@ -163,6 +202,7 @@ LIMITS: tuple[Limit, ...] = get_args(Limit)
 
 def limit(rules: Rules, state: State) -> Limit | None:
     """The setting of `ScheduleConfig` that keeps the generators from more work; None where none does."""
+    rules = rules.at(state.stage)
     if state.num_in_flight + rules.group_size > rules.num_async:
         return "num_async"
     if len(state.ready) * rules.group_size >= rules.max_ready:
@@ -184,6 +224,16 @@ def _count_generators(state: State, generator: int, *, joins: bool) -> State:
     if joins == (generator in known):
         raise ValueError(f"generator {generator} {'joined twice' if joins else 'is lost, and was not there'}")
     return dataclasses.replace(state, generators=known ^ {generator})
+
+
+def _open_pool(rules: Rules, state: State, event: StageBegan | PoolDrawn) -> tuple[State, list[Action]]:
+    """What is on its way stays what it was; what is ready counts for a batch of the new size."""
+    if isinstance(event, StageBegan):
+        if not 0 <= event.stage < len(rules.stages):
+            raise ValueError(f"stage {event.stage} began, and there are {len(rules.stages)}")
+        state = dataclasses.replace(state, stage=event.stage)
+    first_step = state.num_done + bool(state.training)
+    return state, [OpenPool(state.next_group, first_step, state.stage, event.pool)]
 
 
 def _member(rules: Rules, state: State, request_id: int) -> tuple[int, int, Pending]:
@@ -259,11 +309,13 @@ def _train(rules: Rules, state: State) -> tuple[State, list[Action]]:
     taken = _oldest(state.num_ready_by_version, num_groups)
     left = _minus(state.num_by_version, taken)
     # Staleness is bounded by waiting for the slowest, not by throwing it away: no bias towards short completions.
-    place = 0
-    for version in sorted(left):
-        place += left[version]
-        if state.num_done + 1 + (place - 1) // num_groups - version > rules.max_staleness:
-            return state, []  # the last of this version would be too stale when its turn comes
+    pending = _minus(state.num_by_version, state.num_ready_by_version)
+    if pending and min(pending) < max(taken):  # else nobody would take an older one's place, and waiting helps nothing
+        place = 0
+        for version in sorted(left):
+            place += left[version]
+            if state.num_done + 1 + (place - 1) // num_groups - version > rules.max_staleness:
+                return state, []  # the last of this version would be too stale when its turn comes
     batch = tuple(sorted(state.ready, key=lambda group_id: (state.ready[group_id], group_id))[:num_groups])
     ready = state.ready
     for group_id in batch:

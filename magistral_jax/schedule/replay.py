@@ -19,6 +19,7 @@ from magistral_jax.policy.fingerprint import fingerprint
 from magistral_jax.pytrees import TrainState
 from magistral_jax.records import Graded, MagistralError, Reward
 from magistral_jax.schedule import machine
+from magistral_jax.schedule.curriculum import Curriculum
 from magistral_jax.schedule.event_log import (
     Generated,
     Happened,
@@ -67,6 +68,7 @@ class SessionStages:
     initial_state: TrainState
     make_engine: Callable[[int, Reports], HeldEngine]
     deadline: float
+    begin: str = ""  # the stage that was called for by hand
 
 
 class Replay:
@@ -76,6 +78,7 @@ class Replay:
       records: All of them, from the first session on.
       stages_of: What a session is made of.
       holdings: Empty.
+      curriculum: As it was before the first record; None where the run had none.
       grade: Begins to grade an item again and returns what waits for its reward; None takes the recorded rewards.
       metrics: Recorded metrics by step, to be compared as far as they do not depend on time.
       on_difference: Receives each difference; may raise to end the replay.
@@ -86,6 +89,7 @@ class Replay:
         records: Sequence[Record],
         stages_of: Callable[[Session], SessionStages],
         holdings: Holdings,
+        curriculum: Curriculum | None = None,
         *,
         grade: Callable[[VerifyItem], Callable[[], Reward]] | None,
         metrics: Mapping[int, Mapping[str, Any]],
@@ -93,9 +97,13 @@ class Replay:
     ) -> None:
         self._records, self._stages_of, self._holdings = records, stages_of, holdings
         self._grade, self._metrics, self._on_difference = grade, metrics, on_difference
-        self._state = State()
+        self._curriculum = curriculum
+        self._begun: list[machine.Event] = []  # stages and pools that are to come up in the log
+        self._saved: dict[str, Any] | None = None  # the curriculum at the last checkpoint
+        self._state = State(stage=0 if curriculum is None else curriculum.stage)
         self._train_state: TrainState | None = None
         self._batch: tuple[int, ...] = ()
+        self._batch_stage = 0
         self._published: dict[int, int] = {}  # fingerprint of each version
         self._regraded: dict[int, Callable[[], Reward]] = {}
         self.num_completions = self.num_steps = 0
@@ -174,6 +182,11 @@ class Replay:
                 self._check("fingerprint of the weights", where, recorded, self._published.get(version))
             case Happened("Resumed"):
                 self._holdings.keep_only(group_id for group_id, _ in to_saved(self._state)["ready"])
+                self._resume_curriculum()
+            case Happened("StageBegan" | "PoolDrawn" as name, fields):
+                again = self._begun.pop(0) if self._begun else None
+                replayed = None if again is None else (type(again).__name__, list(dataclasses.astuple(again)))
+                self._check("pool", f"{name} after step {self._state.num_done}", (name, fields), replayed)
 
     def _generate(self, record: Generated) -> None:
         rollout = self._engines.rollout(record.engine, record.request_id)
@@ -206,7 +219,7 @@ class Replay:
         self.num_steps += 1
 
     def _update(self, groups: Sequence[Sequence[Graded]], step: int) -> dict[str, float]:
-        self._train_state, metrics, _ = self._stages.update(self.train_state, groups, step - 1)
+        self._train_state, metrics, _ = self._stages.update(self.train_state, groups, step - 1, self._batch_stage)
         self._weights = self._stages.publish(self.train_state.params)
         return metrics | describe_rollouts(groups, step - 1)
 
@@ -218,15 +231,28 @@ class Replay:
         except ValueError as error:
             raise MagistralError(f"The event log does not fit the schedule: {error}.") from error
         for action in actions:
+            if self._curriculum is not None and (begun := self._curriculum.follow(action, self._holdings.look)):
+                self._begun.append(begun)
             match action:
                 case machine.Dispatch(group_id):
                     self._holdings.requests(group_id)
                 case machine.Discard(group_id, _):
                     self._holdings.take(group_id)
-                case machine.Train(_, group_ids):
-                    self._batch = group_ids  # trained when its record comes: a kill may have come before
+                case machine.Train(_, group_ids):  # trained when its record comes: a kill may have come before
+                    self._batch, self._batch_stage = group_ids, self._state.stage
+                case machine.Checkpoint() if self._curriculum is not None:
+                    self._saved = self._curriculum.to_saved(self._state.oldest_group())
                 case machine.Publish(version):
                     self._publish(version)
+
+    def _resume_curriculum(self) -> None:
+        """What the checkpoint of the last session did not know is forgotten."""
+        if self._curriculum is None:
+            return
+        assert self._saved is not None  # the log was cut off where a checkpoint was written
+        self._curriculum.load(self._saved)
+        call = self._curriculum.call(self._stages.begin) if self._stages.begin else None
+        self._begun = [] if call is None else [call]
 
     # ---- comparing --------------------------------------------------------------------------------------------------
 

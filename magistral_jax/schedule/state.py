@@ -12,7 +12,7 @@ from magistral_jax.schedule.config import ScheduleConfig
 
 @dataclasses.dataclass(frozen=True)
 class Rules:
-    """What stays the same over a run."""
+    """What stays the same over a run, or over each stage of it."""
 
     group_size: int
     batch_size: int
@@ -22,6 +22,11 @@ class Rules:
     max_staleness: int
     checkpoint_every: int
     filter_zero_variance: bool
+    stages: tuple["Rules", ...] = ()  # those of each stage of a curriculum, in the place of these
+
+    def at(self, stage: int) -> "Rules":
+        """The rules of a stage."""
+        return self.stages[stage] if self.stages else self
 
     @classmethod
     def of(cls, config: ScheduleConfig, *, group_size: int, batch_size: int, filter_zero_variance: bool) -> "Rules":
@@ -68,6 +73,7 @@ class State:
     num_in_flight: int = 0  # sequences dispatched and not yet graded
     num_by_version: Mapping[int, int] = dataclasses.field(default_factory=dict)  # groups pending or ready
     num_ready_by_version: Mapping[int, int] = dataclasses.field(default_factory=dict)
+    stage: int = 0  # of the curriculum
     generators: frozenset[int] | None = None  # those that live; None where nobody counts them
     is_stopping: bool = False
     is_finished: bool = False
@@ -76,6 +82,10 @@ class State:
     def outstanding(self) -> tuple[int, ...]:
         """Groups dispatched and not yet ended, oldest first."""
         return tuple(sorted({*self.again[self.num_again :], *self.pending, *self.ready, *self.training}))
+
+    def oldest_group(self) -> int:
+        """The first group that may still be spoken of."""
+        return min(self.outstanding(), default=self.next_group)
 
     def oldest_after(self, group_id: int) -> int:
         """Version for a group that others have overtaken: as an older one, it must not have a newer version."""
@@ -96,6 +106,7 @@ def to_saved(state: State) -> dict[str, Any]:
         "again": [group_id for group_id in state.outstanding() if group_id not in kept],
         "ready": sorted(kept.items()),
         "num_done": state.num_done,
+        "stage": state.stage,
         "counts": dict(state.counts),
     }
 
@@ -111,6 +122,7 @@ def from_saved(saved: Mapping[str, Any]) -> State:
         num_by_version=num_ready,
         num_ready_by_version=num_ready,
         num_done=saved["num_done"],
+        stage=saved.get("stage", 0),  # older checkpoints know of none
         counts=dict(saved["counts"]),
     )
 
@@ -129,6 +141,7 @@ def to_record(state: State) -> dict[str, Any]:
         "ready": sorted(state.ready.items()),
         "training": list(state.training),
         "num_done": state.num_done,
+        "stage": state.stage,
         "generators": None if state.generators is None else sorted(state.generators),
         "is_stopping": state.is_stopping,
         "is_finished": state.is_finished,
@@ -156,6 +169,7 @@ def from_record(record: Mapping[str, Any], *, group_size: int) -> State:
         ready=ready,
         training=tuple(record["training"]),
         num_done=record["num_done"],
+        stage=record["stage"],
         num_in_flight=sum(group_size - len(group.rewards) for group in pending.values()),
         num_by_version=dict(num_ready + num_pending),
         num_ready_by_version=dict(num_ready),

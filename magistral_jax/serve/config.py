@@ -17,6 +17,8 @@ class ServeConfig:
     """Completions that may wait for a slot; a request beyond that is answered with 429."""
     max_connections: int = 1024
     """Connections that are answered at one time; requests on others get 503, whatever they ask for."""
+    request_seconds: float = 60.0
+    """How long a connection may be without a whole request, before the first one and after each, until it is closed."""
     max_choices: int = 128
     """Completions of one request: its prompts times `n`."""
     max_top_logprobs: int = 1

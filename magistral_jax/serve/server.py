@@ -3,8 +3,10 @@
 import asyncio
 import contextlib
 import socket
+import time
 import types
 from collections.abc import Callable
+from typing import Any
 
 import uvicorn
 from starlette.applications import Starlette
@@ -47,6 +49,7 @@ class Server(uvicorn.Server):
       engine: Its engine.
       drain_seconds: How long it waits for them, if no second Ctrl-C comes before.
       max_connections: Open connections beyond which a request is answered with 503.
+      request_seconds: After how long without a whole request a connection is closed.
       say: Called with a line for the person at the console.
       ready: What to say once it listens.
     """
@@ -58,6 +61,7 @@ class Server(uvicorn.Server):
         *,
         drain_seconds: float,
         max_connections: int,
+        request_seconds: float,
         say: Callable[[str], None],
         ready: str,
     ) -> None:
@@ -66,12 +70,13 @@ class Server(uvicorn.Server):
             log_config=None,
             access_log=False,
             server_header=False,
+            ws="none",
             timeout_graceful_shutdown=_GRACE,
             limit_concurrency=max_connections + 1,  # uvicorn refuses the one that reaches its limit
         )
         super().__init__(settings)
         self._engine, self._drain_seconds, self._say = engine, drain_seconds, say
-        self._ready = ready
+        self._request_seconds, self._ready = request_seconds, ready
         self._tasks: list[asyncio.Task[None]] = []
         self._loop: asyncio.AbstractEventLoop | None = None
         self._is_ending = False
@@ -81,6 +86,7 @@ class Server(uvicorn.Server):
         await super().startup(sockets)
         self._loop = asyncio.get_running_loop()
         self._tasks.append(asyncio.create_task(self._watch()))
+        self._tasks.append(asyncio.create_task(self._close_slow()))
         self._say(self._ready)
 
     @property
@@ -109,3 +115,19 @@ class Server(uvicorn.Server):
     async def _watch(self) -> None:
         await self._engine.has_failed.wait()
         self.should_exit = True
+
+    async def _close_slow(self) -> None:
+        """Close connections that wait for their client for too long: uvicorn waits for a first request for ever."""
+        waiting: dict[Any, tuple[Any, float]] = {}  # connection -> the latest request on it, and since when
+        while True:
+            now = time.monotonic()
+            latest = {connection: connection.cycle for connection in self.server_state.connections}  # pyright: ignore[reportAttributeAccessIssue]
+            waiting = {
+                connection: old if (old := waiting.get(connection)) and old[0] is request else (request, now)
+                for connection, request in latest.items()
+                if request is None or request.response_complete or request.more_body
+            }
+            for connection, (_, since) in waiting.items():
+                if now - since > self._request_seconds:
+                    connection.transport.close()
+            await asyncio.sleep(min(1.0, self._request_seconds / 4))

@@ -40,17 +40,33 @@ class EvaluationSummary:
     format_rate: float
     truncated_share: float
     language_consistent_share: float
+    parts: Mapping[str, "EvaluationSummary"] = dataclasses.field(default_factory=dict)
+    """The same of some of the problems, by a value that those have in common."""
 
     def to_dict(self) -> dict[str, Any]:
-        """Entries of `summary.json`; `maj_at_8` is named after its k."""
+        """Entries of `summary.json`; `maj_at_8` is named after its k, and parts come last, where there are any."""
         entries = dataclasses.asdict(self)
         maj_k, maj_at_k, passes = entries.pop("maj_k"), entries.pop("maj_at_k"), entries.pop("pass_at_k")
+        del entries["parts"]
         return {
             "pass_at_1": passes[1],
             f"maj_at_{maj_k}": maj_at_k,
             "pass_at_k": {str(k): value for k, value in passes.items()},
             **entries,
+            **({"parts": {value: part.to_dict() for value, part in self.parts.items()}} if self.parts else {}),
         }
+
+
+def parts_table(summary: EvaluationSummary, column: str) -> str:
+    """A Markdown table with a line for each part of an evaluation, and one for all problems."""
+    heading = f"| {column} | problems | pass@1 | maj@{summary.maj_k} | format | one language | tokens |"
+    lines = [heading, "| --- | ---: | ---: | ---: | ---: | ---: | ---: |"]
+    for name, part in [*summary.parts.items(), ("all", summary)]:
+        lines.append(
+            f"| {name} | {part.num_problems} | {part.pass_at_k[1]:.3f} | {part.maj_at_k:.3f} | {part.format_rate:.1%} "
+            f"| {part.language_consistent_share:.1%} | {part.mean_completion_length:.1f} |"
+        )
+    return "\n".join(lines) + "\n"
 
 
 def pass_at_k(

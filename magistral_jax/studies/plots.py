@@ -4,6 +4,7 @@ in: the records of the metrics and of `summary.json`; out: files. A plot without
 """
 
 import dataclasses
+import itertools
 import math
 import pathlib
 from collections.abc import Mapping, Sequence
@@ -87,6 +88,12 @@ PANELS = (
         {"swapped_token_share": "tokens after a swap", "generator_idle_share": "generator idle"},
         is_share=True,
     ),
+    Panel(
+        "pool",
+        "Difficulty of the problems",
+        "pass rate",
+        {"pool_pass_rate": "running, of the pool", "graded_pass_rate": "of all that was graded"},
+    ),
     Panel("throughput", "Throughput", "tokens per second", {"tokens_per_second": "tokens/s"}),
     Panel("queues", "Queues", "groups", {"ready_groups": "ready", "filtered_groups": "filtered"}),
 )
@@ -124,6 +131,8 @@ def draw_panel(panel: Panel, metrics: Sequence[Mapping[str, Any]]) -> Figure | N
         else:
             axes.plot(steps, values, color=color, linewidth=0.9, alpha=0.3)
             axes.plot(steps, _smooth(values), color=color, linewidth=1.9, label=label)
+    for step in stage_changes(metrics):
+        axes.axvline(step - 0.5, color=MUTED, linewidth=0.9, linestyle=(0, (4, 3)), zorder=0)
     axes.set_xlabel("step")
     axes.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=7, steps=[1, 2, 5, 10]))
     axes.margins(x=0.02, y=0.12)
@@ -133,6 +142,11 @@ def draw_panel(panel: Panel, metrics: Sequence[Mapping[str, Any]]) -> Figure | N
         axes.legend(loc="lower left", bbox_to_anchor=(-0.02, 0.98), ncols=4, fontsize=8, handlelength=1.2)
         axes.set_title(panel.title, pad=24)
     return figure
+
+
+def stage_changes(metrics: Sequence[Mapping[str, Any]]) -> list[int]:
+    """The first step of each stage of a curriculum, but for the first one."""
+    return [now["step"] for before, now in itertools.pairwise(metrics) if before.get("stage") != now.get("stage")]
 
 
 def draw_evaluation(summary: Mapping[str, Any]) -> Figure | None:

@@ -1,6 +1,7 @@
 """The report of a run: one self-contained HTML page and PNG plots, from nothing but the run's folder.
 
-in: `config.json`, `metrics.jsonl`, `rollouts.jsonl`, `summary.json`, whichever exist; out: `report.html`, `plots/`.
+in: `config.json`, `stages.json`, `metrics.jsonl`, `rollouts.jsonl`, `summary.json`, whichever exist; out: the page
+`report.html`, and `plots/`.
 Completions are text that a model wrote: everything is escaped, and the page's own policy forbids scripts and network.
 """
 
@@ -12,6 +13,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 from magistral_jax.metrics import METRICS_FILE, ROLLOUTS_FILE, read_json_lines
+from magistral_jax.studies.curriculum import curriculum_html
 from magistral_jax.studies.plots import write_plots
 
 NUM_PAIRS = 4
@@ -33,6 +35,7 @@ def write_report(run_folder: pathlib.Path) -> pathlib.Path:
         f"<header><p class=kicker>Run report</p><h1>{name}</h1><p>{_subtitle(metrics, summary)}</p></header>",
         _cards(metrics, summary),
         _section("Evaluation", _evaluation_table(summary)),
+        _section("Curriculum", curriculum_html(run_folder, metrics)),
         _section("Curves", _figures(plots)),
         _section("Rollouts, early and late", _rollouts(pairs)),
         _section("Summary", _table(_flatten({k: v for k, v in summary.items() if not k.startswith("eval_")}))),

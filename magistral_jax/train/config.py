@@ -81,6 +81,9 @@ class SftConfig:
     """Share of made traces that think step by step; the rest guess hastily."""
     lucky_share: float = 0.2
     """Share of the hasty guesses that are right."""
+    native_share: float = 1.0
+    """Share of made traces of templated problems that think and answer in the language of the problem; the rest do so
+    in English."""
     checkpoint_every: int = 200
     """Gradient steps between checkpoints; 0 is only at the end and on Ctrl-C."""
     general: str = ""

@@ -18,7 +18,7 @@ from jax.sharding import Mesh, NamedSharding
 from jaxtyping import Array
 
 from magistral_jax.policy.config import ModelConfig, PolicyConfig
-from magistral_jax.policy.layers import DecoderLayer
+from magistral_jax.policy.layers import DecoderLayer, rope_frequencies, rotation
 from magistral_jax.policy.lora import init_adapters
 from magistral_jax.policy.remat import Remat, name_weights, rematerialise
 from magistral_jax.policy.sharding import BATCH_SPEC, param_shardings, state_shardings
@@ -130,12 +130,12 @@ def _layer_bytes(model: ModelConfig, policy: PolicyConfig, rows: int, tokens: in
     """What one layer keeps for its backward pass, its weights left out and attention fused."""
     dtype = jnp.dtype(policy.dtype)
     layer = DecoderLayer(model)
-    positions = jnp.zeros((rows, tokens), jnp.int32)
+    turn = rotation(jnp.zeros((rows, tokens), jnp.int32), rope_frequencies(model))
     cast = lambda tree: jax.tree.map(lambda leaf: leaf.astype(dtype), tree)
 
     def block(x: Array, weights: Any, adapters: Any) -> Array:
         variables = {"params": name_weights(cast(weights)), "adapters": cast(adapters)}
-        out: Any = layer.apply(variables, x, positions, lambda q, k, v: (_fused_attention(q, k, v), None))
+        out: Any = layer.apply(variables, x, turn, lambda q, k, v: (_fused_attention(q, k, v), None))
         return out[0]
 
     def backward(x: Array, weights: Any, adapters: Any) -> Any:

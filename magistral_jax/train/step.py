@@ -198,6 +198,7 @@ def score(
         batch.segment_ids,
         dtype=dtype,
         remat=policy.remat,
+        unroll=policy.unroll,
         layout=layout,
         attention=choose_attention(policy.attention, model, dtype=policy.dtype, platform=jax.default_backend()),
     )

@@ -26,6 +26,8 @@ class VerifyItem:
     num_tokens: int
     max_length: int
     truncated: bool
+    length_cache: int | None = None
+    """l_cache of Eq. 1 in tokens, where it is not `reward.length_cache`."""
     group: int = -1
     """Group of the completion; a group that few gradings would complete goes first. -1: none."""
     group_size: int = 0

@@ -84,7 +84,7 @@ def shape_form(item: VerifyItem, config: RewardConfig) -> tuple[Reward, Submissi
     length = length_reward(
         max(item.num_tokens, l_max) if item.truncated else item.num_tokens,
         max_length=l_max,
-        length_cache=config.length_cache,
+        length_cache=config.length_cache if item.length_cache is None else item.length_cache,
         penalty=config.length_penalty,
     )
     form = dataclasses.replace(UNGRADED, length=length)

@@ -5,11 +5,14 @@ next one: whatever it is asked, it writes `<think>`, some dots, `</think>\boxed{
 stop token. So the format is always right, lengths vary, and the share of right answers is known.
 """
 
+import json
 import math
+import os
 import pathlib
 from collections.abc import Callable, Mapping
 from typing import Any
 
+import jax
 import numpy as np
 import pytest
 
@@ -103,6 +106,12 @@ class Tiny:
 
     sums = SUMS
     config = MODEL
+    environment = os.environ | {  # of another process, for which the compiled programs of this one serve too
+        "JAX_NUM_CPU_DEVICES": "8",
+        "JAX_COMPILATION_CACHE_DIR": str(jax.config.values["jax_compilation_cache_dir"]),
+        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
+        "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "-1",
+    }
 
     def __init__(self, root: pathlib.Path) -> None:
         self._root = root
@@ -117,8 +126,15 @@ class Tiny:
 
     def flags(self, settings: Mapping[str, Any], *words: str) -> list[str]:
         """Command line of the small settings with some changed."""
-        merged = SMALL | {"policy.path": self.model(), "run.tensorboard": False} | dict(settings)
-        return [*(f"--{name}={value}" for name, value in merged.items()), *words]
+        return [*(f"--{name}={value}" for name, value in self._merged(settings).items()), *words]
+
+    def toml(self, settings: Mapping[str, Any]) -> str:
+        """The same as lines of a TOML file."""
+        plain = lambda value: value if isinstance(value, bool | int | float) else str(value)
+        return "".join(f"{name} = {json.dumps(plain(value))}\n" for name, value in self._merged(settings).items())
+
+    def _merged(self, settings: Mapping[str, Any]) -> dict[str, Any]:
+        return SMALL | {"policy.path": self.model(), "run.tensorboard": False} | dict(settings)
 
     def run(self, command: str, settings: Mapping[str, Any], *words: str) -> None:
         """A command in this process."""

@@ -2,7 +2,10 @@
 
 import json
 import pathlib
-import shutil
+import signal
+import subprocess
+import sys
+import time
 from typing import Any
 
 import pytest
@@ -83,10 +86,17 @@ def test_what_the_solutions_say(finished: pathlib.Path):
 
 def test_a_killed_run_ends_with_the_same_files(finished: pathlib.Path, raw: pathlib.Path, tmp_path: pathlib.Path):
     folder = tmp_path / "out"
-    shutil.copytree(finished, folder)
-    lines = (folder / "judged.jsonl").read_bytes().splitlines(keepends=True)
-    (folder / "judged.jsonl").write_bytes(lines[0] + lines[1][:30])
-    (folder / "curated.jsonl").unlink()
-    main(["curate", "code", str(raw), f"--out={folder}", *SETTINGS, "--resume"])
+    words = ["curate", "code", str(raw), f"--out={folder}", *SETTINGS]
+    journal = folder / "judged.jsonl"
+    with subprocess.Popen([sys.executable, "-c", "from magistral_jax.main import main; main()", *words]) as process:
+        end = time.monotonic() + 300
+        while not (journal.exists() and journal.stat().st_size) and time.monotonic() < end:
+            time.sleep(0.01)
+        process.send_signal(signal.SIGKILL)
+    assert process.returncode == -signal.SIGKILL
+    assert not (folder / "curated.jsonl").exists()
+    with journal.open("ab") as file:
+        file.write(b'{"id": "ca')  # a kill may come in the middle of a line
+    main([*words, "--resume"])
     for name in ("judged.jsonl", "curated.jsonl", "removed.jsonl", "table.json"):
         assert (folder / name).read_bytes() == (finished / name).read_bytes(), name

@@ -36,6 +36,30 @@ def test_the_scores_of_a_known_policy(tiny: Any, problems: pathlib.Path, capsys:
     assert "4 problems" in progress
 
 
+def test_scores_by_a_column(tiny: Any, tmp_path: pathlib.Path, capsys: pytest.CaptureFixture[str]):
+    path = tmp_path / "problems.jsonl"
+    rows = [{"problem": f"Which? ({i})", "answer": answer, "origin": "ab"[i % 2]} for i, answer in enumerate("7778")]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    settings = {"policy.path": tiny.model("7"), "data.evaluation": path, "data.num_evaluation": 0}
+    tiny.run("evaluate", settings | {"evaluation.by": "origin", "evaluation.num_samples": 2})
+    *table, last = capsys.readouterr().out.splitlines()
+    found = json.loads(last)
+    assert {name: part["pass_at_1"] for name, part in found["parts"].items()} == {"a": 1.0, "b": 0.5}
+    assert found["pass_at_1"] == 0.75
+    assert table[0] == "| origin | problems | pass@1 | maj@2 | format | one language | tokens |"
+    assert [line[:22] for line in table[2:]] == [
+        "| a | 2 | 1.000 | 1.00",
+        "| b | 2 | 0.500 | 0.50",
+        "| all | 4 | 0.750 | 0.",
+    ]
+
+
+def test_a_column_that_is_missing_is_named(refusal: Callable[..., str]):
+    assert "has no column `language`, which `evaluation.by` names." in refusal(
+        "evaluate", {"evaluation.by": "language"}
+    )
+
+
 def test_a_second_evaluation_says_the_same(tiny: Any, capsys: pytest.CaptureFixture[str]):
     first, _ = evaluate(tiny, capsys, {"run.seed": 3})
     again, _ = evaluate(tiny, capsys, {"run.seed": 3})

@@ -3,6 +3,7 @@
 import json
 import pathlib
 import shutil
+import threading
 from collections.abc import Callable
 from typing import Any
 
@@ -10,6 +11,7 @@ import jax
 import numpy as np
 import pytest
 
+from magistral_jax.policy import enqueue
 from magistral_jax.policy.hf_folder import load_params, read_model_config
 
 LORA = {"policy.lora_rank": 2, "optimizer.learning_rate": 5e-2, "generation.max_new_tokens": 40}
@@ -81,3 +83,51 @@ def test_reinforcement_learning_publishes_merged_adapters_and_resumes(tiny: Any,
     # Adapters and their moments: a small part of what the whole model and its moments would be.
     newest = tmp_path / "checkpoints" / "3"
     assert sizes_of(newest / "state") < 3 * sum(leaf.nbytes for leaf in jax.tree.leaves(before)) / 2
+
+
+class CountedTurns:
+    """The turns of enqueueing, with the names of the threads that took one."""
+
+    def __init__(self) -> None:
+        self._lock, self.takers = threading.RLock(), set[str]()
+
+    def __enter__(self) -> None:
+        self._lock.acquire()
+        self.takers.add(threading.current_thread().name)
+
+    def __exit__(self, *error: object) -> None:
+        self._lock.release()
+
+
+def test_on_a_mesh_that_the_engine_shares_adapters_are_trained_published_and_merged(
+    tiny: Any, tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+):
+    turns = CountedTurns()
+    monkeypatch.setattr(enqueue, "_TURN", turns)
+    settings = LORA | {
+        "run.folder": tmp_path,
+        "mesh.fsdp": 4,
+        "mesh.tensor": 2,
+        "generation.tensor": 2,
+        "generation.num_slots": 4,
+        "data.num_evaluation": 1,
+        "evaluation.num_samples": 1,
+        "generation.max_new_tokens": 24,
+        "schedule.num_steps": 2,
+        "loss.entropy_coef": 0.1,
+        "loss.filter_zero_variance": False,
+    }
+    tiny.run("train", settings)
+    assert "shared with the trainer" in capsys.readouterr().err
+    assert turns.takers >= {"generator", "trainer"}  # two programs with collectives on the same devices
+    lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    assert all(line["logprob_gap"] < 1e-3 for line in lines)  # the engine had the merged weights
+    # One device merges what the mesh has saved, and it is what the mesh has merged.
+    tiny.run("export", {"run.folder": tmp_path})
+    before = load_params(tiny.model(), tiny.config)
+    exported, after = (load_params(tmp_path / name, tiny.config) for name in ("export", "policy"))
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-6), exported, after)
+    np.testing.assert_array_equal(before["embed"]["embedding"], after["embed"]["embedding"])
+    moved = jax.tree.map(lambda a, b: np.abs(a - b).max(), before["layers"], after["layers"])
+    assert moved["attn"]["q"]["kernel"] > 1e-3
+    assert moved["mlp"]["down"]["kernel"] > 1e-3

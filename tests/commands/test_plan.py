@@ -2,6 +2,8 @@
 
 import json
 import pathlib
+import subprocess
+import sys
 
 import pytest
 
@@ -83,6 +85,7 @@ def test_the_collectives_are_those_of_the_compiled_step(tmp_path: pathlib.Path, 
     small = {"vocab_size": 64, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 3}
     heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 8}
     words = ("--devices", "4", "--memory", "1", "--mesh.sequence=2", "--generation.num_slots=1")
+    words += ("--generation.max_prompt_tokens=32", "--generation.max_new_tokens=32")
     run(tmp_path, *words, "--batch.row_tokens=1024", **small, **heads)
     out = capsys.readouterr().out
     run(tmp_path, *words, "--batch.row_tokens=64", "--policy.lora_rank=2", **small, **heads)
@@ -106,3 +109,56 @@ def test_devices_that_the_mesh_cannot_have_are_refused(tmp_path: pathlib.Path, c
         run(tmp_path, "--devices", "8", "--memory", "80", "--mesh.tensor=3")
     assert end.value.code == 2
     assert "--devices is 8; it must be a multiple of" in capsys.readouterr().err
+
+
+def test_settings_that_no_run_could_have_are_refused(tmp_path: pathlib.Path, capsys: pytest.CaptureFixture[str]):
+    words = ("--devices", "8", "--memory", "80", "--shapes-only")
+    for wrong, sentence in {
+        "--batch.row_tokens=256": "must fit into `batch.row_tokens` (256)",
+        "--generation.max_new_tokens=131000": "(131256) must fit into",
+        "--generation.max_new_tokens=131000 --batch.row_tokens=131256": "exceed the 131072 positions of the model",
+    }.items():
+        with pytest.raises(SystemExit) as end:
+            run(tmp_path, *words, *wrong.split())
+        assert end.value.code == 2
+        assert sentence in capsys.readouterr().err
+
+
+STAGE = {"length_cache": 128, "batch_size": 512, "num_async": 1024, "num_steps": 5}
+
+
+def stage(name: str, **fields: object) -> str:
+    return json.dumps(STAGE | {"name": name} | fields)
+
+
+def test_stages_come_with_what_they_make_of_the_memory(tmp_path: pathlib.Path, capsys: pytest.CaptureFixture[str]):
+    first = stage("first", max_length=256)
+    last = stage("last", max_length=768, batch_size=256, num_async=512, difficulty=[0.0, 0.5], num_steps=0)
+    words = ["--devices", "8", "--memory", "80", "--shapes-only", "--generation.max_new_tokens=768"]
+    words += ["--generation.num_slots=8", "--generation.num_pages=128", "--batch.batch_size=512"]
+    run(tmp_path, *words, "--curriculum.stages", first, last)
+    table = capsys.readouterr().out.partition("stages, ")[2].splitlines()
+    # A full sequence has (256 + 256) / 16 = 32 pages, then 64: four and two of 128. A page is 2 · 40 layers · 4 of the
+    # heads on each of two devices · 128 · 2 bytes · 16 tokens = 1.25 MiB. A microbatch is 8 rows of 4,096 tokens.
+    assert " ".join(table[2].split()) == "first 256 128 512 512 1,024 0 to 1 0.04 4 of 8 8"
+    assert " ".join(table[3].split()) == "last 768 640 256 256 512 0 to 0.5 0.08 2 of 8 8"
+    assert table[4].strip().startswith("the report's invariants hold")
+
+    run(tmp_path, *words, "--curriculum.stages", first, stage("last", max_length=200, num_steps=0))
+    captured = capsys.readouterr()
+    assert "`max_length` − `length_cache` shrinks (128 to 72); in the report it grows" in captured.err
+    assert "invariants hold" not in captured.out
+
+
+@pytest.mark.parametrize(
+    ("name", "devices", "found"),
+    [("medium", 128, "the report's invariants hold"), ("small_24b", 32, "23.57 B parameters")],
+)
+def test_the_recipes_at_the_reports_sizes_fit(name: str, devices: int, found: str):
+    words = ["plan", f"configs/{name}.toml", "--devices", str(devices), "--memory", "80", "--shapes-only"]
+    command = [sys.executable, "-c", "from magistral_jax.main import main; main()", *words]
+    done = subprocess.run(command, cwd=pathlib.Path(__file__).parents[2], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert done.stderr == ""  # nothing that `check` would warn of
+    assert found in done.stdout
+    assert done.stdout.splitlines()[-1] == "it fits"

@@ -2,7 +2,6 @@
 
 import dataclasses
 import json
-import os
 import pathlib
 import shutil
 import subprocess
@@ -20,13 +19,6 @@ from magistral_jax.schedule.event_log import LOG_FILE, EventLog, Generated, Reco
 
 STEPS = 3
 ROOT = pathlib.Path(__file__).parents[2]
-# The compiled programs of this process serve the others too.
-CACHE = {
-    "JAX_NUM_CPU_DEVICES": "8",
-    "JAX_COMPILATION_CACHE_DIR": str(jax.config.values["jax_compilation_cache_dir"]),
-    "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
-    "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "-1",
-}
 
 
 def copy(run: pathlib.Path, target: pathlib.Path, change: Callable[[Record], Record] = lambda record: record) -> Any:
@@ -136,7 +128,7 @@ def test_a_run_that_is_killed_ends_where_its_log_says(tiny: Any, tmp_path: pathl
         capture_output=True,
         text=True,
         check=False,
-        env=os.environ | CACHE,
+        env=tiny.environment,
     )
     assert result.returncode == 0, result.stderr + (tmp_path / "run.output").read_text()
     found = json.loads(result.stdout.splitlines()[-1])

@@ -148,9 +148,3 @@ def test_on_a_mesh_it_is_what_it_is_on_one_device(tiny: Any, tmp_path: pathlib.P
     # The state was cut, not copied: Orbax notes how each array lay when it was saved.
     noted = (tmp_path / "four" / "checkpoints" / "10" / "state" / "_sharding").read_text()
     assert re.search(r'partition_spec[^}]*"fsdp', noted)
-
-
-def test_several_processes_are_refused(tmp_path: pathlib.Path, refusal: Callable[..., str]):
-    settings = {"run.folder": tmp_path / "run", "distributed.coordinator": "127.0.0.1:1234"}
-    assert "`sft` runs in one process" in refusal("sft", SETTINGS | settings)
-    assert not (tmp_path / "run").exists()

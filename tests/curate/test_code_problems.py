@@ -64,6 +64,17 @@ def test_calls_by_name():
     assert (problem.entry, problem.cases[1]) == ("", Case("add(2)", "3"))
 
 
+def test_rows_as_the_known_data_sets_have_them():
+    mbpp = good(test_list=["assert add(1) == 2"], code="def add(x): return x + 1", test_setup_code="")
+    assert mbpp.solutions == (Program(Language.PYTHON, "def add(x): return x + 1"),)
+    test = "METADATA = {}\ndef check(candidate):\n    assert candidate(1) == 2\n"
+    columns = {"entry_point": "add", "canonical_solution": "    return x + 1\n", "test": test}
+    human_eval = read_problem(Problem("p", "def add(x):\n", "", "code", columns), CodeConfig(), max_solutions=2)
+    assert isinstance(human_eval, CodeProblem)
+    assert human_eval.solutions[0].source == "def add(x):\n    return x + 1\n"  # the statement is its beginning
+    assert (human_eval.entry, human_eval.cases) == ("add", (Case("candidate(1)", "2"),))
+
+
 @pytest.mark.parametrize(
     ("columns", "expected"),
     [

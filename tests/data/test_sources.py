@@ -91,8 +91,8 @@ def test_num_takes_a_seeded_sample_in_file_order(tmp_path: pathlib.Path):
         ('{"problem": "x", "answer": ""}', "no answer; expected a column answer, found: problem, answer"),
         ('{"problem": "x", "answer": NaN}', "no answer; expected a column answer, found: problem, answer"),
         (
-            '{"text": "x", "answer": "y"}',
-            "no statement; expected a column problem, question, statement, found: text, answer",
+            '{"title": "x", "answer": "y"}',
+            "no statement; expected a column problem, question, statement, prompt, text, found: title, answer",
         ),
         ('{"problem": ["x"], "answer": "y"}', "problem is of type list; expected text"),
         ('{"problem": "x", "answer": ["y"]}', "answer is of type list; expected text or a number"),
@@ -207,7 +207,7 @@ def test_bad_rows_are_dropped_with_a_sentence_each(tmp_path: pathlib.Path):
         b'{"problem": "1+2", "answer": " "}',
         b'{"problem": "' + b"x" * 2**20 + b'", "answer": "2"}',
         b'{"problem": "1+3", "answer": "4", "id": "a"}',
-        b'{"text": "1+4", "answer": "5"}',
+        b'{"title": "1+4", "answer": "5"}',
         b"[" * 100_000,
         b'{"problem": "1+5", "answer": "6"}',
     ]

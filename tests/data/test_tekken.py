@@ -122,6 +122,11 @@ def test_what_is_missing_or_damaged_is_said(folder: pathlib.Path, refuses: Any, 
     (folder / "tekken.json").write_text('{"config": {"version": "v99"}}')
     with refuses(f"{folder / 'tekken.json'}: not a readable tekken file: ", "v99"):
         load_tokenizer(folder)
+    file = json.loads((write_tekken(folder) / "tekken.json").read_text())
+    file["special_tokens"][2]["token_str"] = "<end>"
+    (folder / "tekken.json").write_text(json.dumps(file))
+    with refuses(f"{folder / 'tekken.json'}: the special token </s> is missing; expected <s> and </s>"):
+        load_tokenizer(folder)
     (folder / "tekken.json").write_text("{")
     with refuses(f"{folder / 'tekken.json'}: not a readable tekken file: ", ""):
         load_tokenizer(folder)

@@ -10,8 +10,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from magistral_jax.data.sources import load_problems
-from magistral_jax.data.traces import Trace, chain_sum_traces, read_traces, thorough_thoughts
+from magistral_jax.data.traces import Trace, make_traces, read_traces, thorough_thoughts
 from magistral_jax.records import Problem
+from magistral_jax.verify.format import Sections, last_boxed, split_completion
+from magistral_jax.verify.language import classify
 
 
 def chain(expression: str, answer: str = "0"):
@@ -36,7 +38,7 @@ def test_thorough_thoughts(expression: str, thoughts: str, result: int):
 @settings(max_examples=20, deadline=None)
 def test_thorough_traces_are_true(seed: int):
     problems = load_problems("reasoning-gym:chain_sum?allow_negation=true&max_digits=3", 5, seed)
-    for trace in chain_sum_traces(problems, np.random.default_rng(seed), thorough_share=1.0):
+    for trace in make_traces(problems, np.random.default_rng(seed), thorough_share=1.0):
         match = re.fullmatch(r"<think>(.+)</think>\\boxed\{(-?\d+)\}", trace.completion, re.DOTALL)
         assert match is not None
         assert match[2] == trace.problem.answer
@@ -51,7 +53,7 @@ def test_thorough_traces_are_true(seed: int):
 
 def test_hasty_traces_guess_near_the_result_and_are_right_at_the_given_rate():
     problem = chain("4 - 1 + 7", "10")
-    traces = chain_sum_traces([problem] * 2000, np.random.default_rng(0), thorough_share=0.0, lucky_share=0.25)
+    traces = make_traces([problem] * 2000, np.random.default_rng(0), thorough_share=0.0, lucky_share=0.25)
     guesses = []
     for trace in traces:
         match = re.fullmatch(r"<think>looks like (-?\d+)</think>\\boxed\{(-?\d+)\}", trace.completion)
@@ -64,7 +66,7 @@ def test_hasty_traces_guess_near_the_result_and_are_right_at_the_given_rate():
 
 def test_the_mixture_and_determinism():
     problems = load_problems("reasoning-gym:chain_sum", 1000, 0)
-    first, second = (chain_sum_traces(problems, np.random.default_rng(3), thorough_share=0.4) for _ in range(2))
+    first, second = (make_traces(problems, np.random.default_rng(3), thorough_share=0.4) for _ in range(2))
     assert first == second
     share = np.mean(["looks like" not in trace.completion for trace in first])
     assert 0.34 < share < 0.46
@@ -72,7 +74,7 @@ def test_the_mixture_and_determinism():
 
 
 def test_the_tags_are_those_given():
-    (trace,) = chain_sum_traces(
+    (trace,) = make_traces(
         [chain("1 + 1")], np.random.default_rng(0), thorough_share=1.0, think_tags=("[THINK]", "[/THINK]")
     )
     assert trace.completion == "[THINK]1+1=2[/THINK]\\boxed{2}"
@@ -81,15 +83,31 @@ def test_the_tags_are_those_given():
 @pytest.mark.parametrize("expression", ["", "2 * 3", "2 + x", "(1 + 2)"])
 def test_problems_that_are_no_chain_of_sums_are_named(expression: str, refuses: Any):
     with refuses(
-        "problem c: traces are generated for reasoning-gym:chain_sum only; expected an expression of sums in its "
-        f"metadata, found {expression!r} (set sft.traces to a file for other problems)"
+        "problem c: traces are generated for reasoning-gym:chain_sum and templated:sums only; expected an expression "
+        f"of sums in its metadata, found {expression!r} (set sft.traces to a file for other problems)"
     ):
-        chain_sum_traces([chain(expression)], np.random.default_rng(0), thorough_share=1.0)
+        make_traces([chain(expression)], np.random.default_rng(0), thorough_share=1.0)
 
 
 def test_problems_of_a_file_are_no_chain_of_sums(refuses: Any):
-    with refuses("problem f: traces are generated for reasoning-gym:chain_sum only", "found ''"):
-        chain_sum_traces([Problem("f", "1+1", "2")], np.random.default_rng(0), thorough_share=1.0)
+    with refuses("problem f: traces are generated for reasoning-gym:chain_sum and templated:sums only", "found ''"):
+        make_traces([Problem("f", "1+1", "2")], np.random.default_rng(0), thorough_share=1.0)
+
+
+def test_templated_traces_are_in_the_language_of_the_problem_or_in_english_at_the_given_rate():
+    problems = load_problems("templated:sums?language=de,zh", 600, 0)
+    traces = make_traces(problems, np.random.default_rng(0), thorough_share=0.5, lucky_share=0.2, native_share=0.7)
+    num_native = num_right = 0
+    for problem, trace in zip(problems, traces, strict=True):
+        sections = split_completion(trace.completion, "<think>", "</think>")
+        assert isinstance(sections, Sections)
+        language = classify(sections.thoughts)
+        assert language == classify(sections.answer)
+        assert language in (problem.extra["language"], "en")
+        num_native += language == problem.extra["language"]
+        num_right += last_boxed(sections.answer) == problem.answer
+    assert 0.65 < num_native / 600 < 0.75
+    assert 0.54 < num_right / 600 < 0.66  # half are thorough, and of the others one in five is lucky
 
 
 # --- files -----------------------------------------------------------------------------------------------------------

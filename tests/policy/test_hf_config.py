@@ -4,6 +4,7 @@ The numbers are those of the published files, written down by hand; keys that sa
 left out.
 """
 
+import dataclasses
 import json
 import pathlib
 from typing import Any
@@ -197,6 +198,23 @@ MODELS = {
     ),
 }
 
+# Mistral-Small-3.1-24B-Instruct-2503: a text model, and eyes.
+SEEING = {
+    "model_type": "mistral3",
+    "architectures": ["Mistral3ForConditionalGeneration"],
+    "image_token_index": 10,
+    "vision_config": {"model_type": "pixtral", "hidden_size": 1024, "num_hidden_layers": 24},
+    "text_config": published(
+        "mistral",
+        (131072, 5120, 32768, 40, 32, 8),
+        head_dim=128,
+        max_position_embeddings=131072,
+        rms_norm_eps=1e-5,
+        rope_theta=1000000000.0,
+        sliding_window=None,
+    ),
+}
+
 
 def write(folder: pathlib.Path, raw: dict[str, Any]) -> pathlib.Path:
     (folder / "config.json").write_text(json.dumps(raw))
@@ -209,6 +227,13 @@ def test_a_published_config_gives_the_published_architecture(name: str, tmp_path
     assert read_model_config(write(tmp_path, raw)) == expected
     shapes = jax.eval_shape(lambda: init_params(expected, jax.random.key(0)))
     assert sum(leaf.size for leaf in jax.tree.leaves(shapes)) == num_params  # as its model card has it
+
+
+def test_of_mistral_small_3_1_the_text_part_is_read(tmp_path: pathlib.Path):
+    expected = dataclasses.replace(MODELS["Magistral-Small-2506"][1], max_positions=131072)
+    assert read_model_config(write(tmp_path, SEEING)) == expected
+    tied = dataclasses.replace(expected, tie_embeddings=True)
+    assert read_model_config(write(tmp_path, SEEING | {"tie_word_embeddings": True})) == tied
 
 
 @pytest.mark.parametrize("name", MODELS)
@@ -225,8 +250,11 @@ def test_what_is_written_back_is_the_same_model(name: str, tmp_path: pathlib.Pat
         ({"model_type": "mixtral", "num_local_experts": 8}, "model_type 'mixtral' is not one of"),
         ({"model_type": "qwen3_moe"}, "model_type 'qwen3_moe' is not one of"),
         ({"architectures": ["LlamaForCausalLM"]}, "model_type None is not one of"),
-        # Mistral Small 3.1 with its eyes: the text model is a part of it.
-        ({"model_type": "mistral3", "text_config": MODELS["Magistral-Small-2506"][0]}, "model_type 'mistral3'"),
+        (
+            {"model_type": "mistral3", "text_config": {"model_type": "ministral3"}},
+            "the text part of mistral3 is",
+        ),
+        (SEEING | {"quantization_config": {"quant_method": "fp8"}}, "quantised weights (fp8) are not supported"),
         # Qwen2.5 stretched to 131,072 tokens, as its model card describes.
         (
             MODELS["Qwen2.5-7B-Instruct"][0] | {"rope_scaling": {"type": "yarn", "factor": 4.0}},

@@ -13,12 +13,12 @@ from hypothesis import strategies as st
 from jax.test_util import check_grads
 
 from magistral_jax.policy.config import ModelConfig, RopeScaling
-from magistral_jax.policy.layers import DecoderLayer, project, rms_norm, rope, rope_frequencies
+from magistral_jax.policy.layers import DecoderLayer, project, rms_norm, rope, rope_frequencies, rotation
 
 MODEL = ModelConfig(
     vocab_size=11, d_model=8, num_layers=1, num_heads=4, num_kv_heads=2, head_dim=4, d_ff=12, rope_theta=100.0
 )
-rotate = jax.jit(rope)
+rotate = jax.jit(lambda x, positions, frequencies: rope(x, rotation(positions, frequencies)))
 
 
 def draw(seed: int, *shape: int):
@@ -69,7 +69,7 @@ def test_rope_golden():
     # Bug: neighbours paired (the other layout) gives 1·cos 1 − 2·sin 1 = −1.142640 first.
     config = dataclasses.replace(MODEL, rope_theta=10_000.0)
     x = jnp.asarray([1.0, 2.0, 3.0, 4.0]).reshape(1, 1, 1, 4)
-    result = rope(x, jnp.ones((1, 1), jnp.int32), rope_frequencies(config))
+    result = rotate(x, jnp.ones((1, 1), jnp.int32), rope_frequencies(config))
     np.testing.assert_allclose(result.reshape(-1), [-1.984111, 1.959901, 2.462378, 4.019799], rtol=1e-5)
 
 
@@ -103,8 +103,8 @@ def test_rope_angles_of_bfloat16_are_float32():
     # Position 1001 is 1000 in bfloat16, a whole radian off.
     x, frequencies = draw(6, 1, 1, 1, 4), rope_frequencies(MODEL)
     at = jnp.full((1, 1), 1001, jnp.int32)
-    narrow = np.asarray(rope(x.astype(jnp.bfloat16), at, frequencies), np.float32)
-    np.testing.assert_allclose(narrow, rope(x, at, frequencies), atol=0.03)
+    narrow = np.asarray(rotate(x.astype(jnp.bfloat16), at, frequencies), np.float32)
+    np.testing.assert_allclose(narrow, rotate(x, at, frequencies), atol=0.03)
 
 
 def test_llama3_scaling_golden():
@@ -123,21 +123,20 @@ def test_project_is_a_matrix_product_for_each_token():
 
 @functools.cache
 def init(config: ModelConfig):
-    x, positions = jnp.zeros((1, 1, config.d_model)), jnp.zeros((1, 1), jnp.int32)
-    run = jax.jit(lambda key: DecoderLayer(config).init(key, x, positions, lambda q, k, v: (q, None))["params"])
+    x, turn = jnp.zeros((1, 1, config.d_model)), rotation(jnp.zeros((1, 1), jnp.int32), rope_frequencies(config))
+    run = jax.jit(lambda key: DecoderLayer(config).init(key, x, turn, lambda q, k, v: (q, None))["params"])
     return nn.meta.unbox(run(jax.random.key(0)))
 
 
 def test_attention_gets_rotated_queries_and_keys_and_plain_values():
     weights, x = init(MODEL), draw(9, 1, 3, 8)
     positions = jnp.asarray([[0, 4, 9]])
+    frequencies = rope_frequencies(MODEL)
+    turn = rotation(positions, frequencies)
     # What `attend` makes of its cache comes back: here the queries, keys and values themselves.
     attend = lambda q, k, v: (q, {"q": q, "k": k, "v": v})
-    seen = jax.jit(lambda weights, x: DecoderLayer(MODEL).apply({"params": weights}, x, positions, attend)[1])(
-        weights, x
-    )
+    seen = jax.jit(lambda weights, x: DecoderLayer(MODEL).apply({"params": weights}, x, turn, attend)[1])(weights, x)
     normed = rms_norm(x, weights["attn_norm"]["scale"], MODEL.norm_eps)
-    frequencies = rope_frequencies(MODEL)
     heads = lambda name: jnp.asarray(np.einsum("btd,dne->btne", normed, weights["attn"][name]["kernel"]))
     near = functools.partial(np.testing.assert_allclose, rtol=1e-4, atol=1e-5)
     near(seen["q"], rotate(heads("q"), positions, frequencies))
@@ -147,9 +146,9 @@ def test_attention_gets_rotated_queries_and_keys_and_plain_values():
 
 def test_both_branches_add_to_the_residual_stream():
     weights, x = init(MODEL), draw(10, 1, 3, 8)
-    positions = jnp.arange(3)[None]
+    turn = rotation(jnp.arange(3)[None], rope_frequencies(MODEL))
     keep = lambda q, k, v: (q, None)
-    run = jax.jit(lambda weights: DecoderLayer(MODEL).apply({"params": weights}, x, positions, keep)[0])
+    run = jax.jit(lambda weights: DecoderLayer(MODEL).apply({"params": weights}, x, turn, keep)[0])
     silent = lambda tree: jax.tree.map(jnp.zeros_like, tree)
     attn_off = weights | {"attn": weights["attn"] | {"o": silent(weights["attn"]["o"])}}
     mlp_off = {"mlp": weights["mlp"] | {"down": silent(weights["mlp"]["down"])}}

@@ -1,5 +1,6 @@
 """Logits of folders that transformers wrote, against transformers, for every family and rotary variant."""
 
+import json
 import pathlib
 from typing import Any
 
@@ -7,11 +8,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import safetensors.numpy
 import torch
 import transformers
 
 from magistral_jax.policy.hf_folder import load_params, read_model_config, save_folder
 from magistral_jax.policy.transformer import forward, logits
+from magistral_jax.records import MagistralError
 
 SHAPE = {
     "vocab_size": 61,
@@ -108,3 +111,63 @@ def test_a_sliding_window_changes_the_logits():
     reach = 1 + SHAPE["num_hidden_layers"] * (5 - 1)  # two layers of a window of 5, itself included
     assert not np.allclose(windowed[:, : reach - 1], changed[:, : reach - 1])
     np.testing.assert_allclose(windowed[:, reach:], changed[:, reach:], atol=1e-5)
+
+
+# --- a model that also sees ------------------------------------------------------------------------------------------
+
+
+def vision_model():
+    vision = {"hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 1, "num_attention_heads": 1, "head_dim": 8}
+    torch.manual_seed(0)
+    config = transformers.Mistral3Config(
+        text_config={"model_type": "mistral", "head_dim": 12, "sliding_window": None, **SHAPE},
+        vision_config={"model_type": "pixtral", "image_size": 28, "patch_size": 14, **vision},
+        image_token_index=60,
+        tie_word_embeddings=False,
+    )
+    return transformers.Mistral3ForConditionalGeneration(config).eval()
+
+
+def rename_tensors(folder: pathlib.Path, rename: Any):
+    path = folder / "model.safetensors"
+    tensors = {rename(name): tensor for name, tensor in safetensors.numpy.load_file(path).items()}
+    safetensors.numpy.save_file(tensors, path, metadata={"format": "pt"})
+
+
+def as_modules_are_named(name: str):
+    name = name.removeprefix("language_model.")
+    if name.startswith("model."):
+        return "model.language_model." + name.removeprefix("model.")
+    return name if name.startswith("lm_head") else "model." + name
+
+
+@pytest.mark.parametrize("rename", [str, as_modules_are_named], ids=["published", "modules"])
+def test_of_a_model_that_also_sees_the_text_part_is_taken(rename: Any, tmp_path: pathlib.Path):
+    model, theirs, ours = vision_model(), tmp_path / "theirs", tmp_path / "ours"
+    model.save_pretrained(theirs)
+    rename_tensors(theirs, rename)
+    raw = json.loads((theirs / "config.json").read_text())
+    del raw["tie_word_embeddings"]  # as published
+    (theirs / "config.json").write_text(json.dumps(raw))
+    tokens = tokens_of() % 60  # no places of pictures
+    expected = reference_logits(model, tokens)
+    np.testing.assert_allclose(our_logits(theirs, tokens), expected, atol=1e-4, rtol=1e-4)
+
+    config = read_model_config(theirs)
+    save_folder(ours, load_params(theirs, config), config, model_type="mistral", tokenizer_from=theirs)
+    again = transformers.AutoModelForCausalLM.from_pretrained(ours, attn_implementation="eager").eval()
+    assert type(again) is transformers.MistralForCausalLM
+    np.testing.assert_allclose(reference_logits(again, tokens), expected, atol=1e-5, rtol=1e-5)
+    assert json.loads((ours / "config.json").read_text())["eos_token_id"] == raw["text_config"]["eos_token_id"]
+
+
+def test_what_a_model_that_also_sees_must_not_be_is_refused(tmp_path: pathlib.Path):
+    vision_model().save_pretrained(tmp_path)
+    path = tmp_path / "config.json"
+    raw = json.loads(path.read_text())
+    path.write_text(json.dumps(raw | {"tie_word_embeddings": True}))
+    with pytest.raises(MagistralError, match=r"tensor language_model\.lm_head\.weight has no place .*tie_word_embedd"):
+        load_params(tmp_path, read_model_config(tmp_path))
+    path.write_text(json.dumps(raw | {"text_config": raw["text_config"] | {"model_type": "ministral3"}}))
+    with pytest.raises(MagistralError, match=r"the text part of mistral3 is 'ministral3'; expected mistral$"):
+        read_model_config(tmp_path)

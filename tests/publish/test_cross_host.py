@@ -2,6 +2,7 @@
 
 import contextlib
 import json
+import pathlib
 import random
 import re
 import socket
@@ -18,36 +19,7 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 from magistral_jax.publish.cross_host import check_cuts
 from magistral_jax.publish.manifest import WeightsRefusedError
 
-PROGRAM = """
-import json, sys
-rank, job, mine = int(sys.argv[1]), sys.argv[2], sys.argv[3]
-import jax
-jax.config.update("jax_platforms", "cpu")
-jax.config.update("jax_num_cpu_devices", 2)
-jax.config.update("jax_cross_host_transfer_socket_address", mine)
-jax.config.update("jax_enable_preemption_service", False)  # else SIGTERM is ignored
-jax.distributed.initialize(job, 2, rank, initialization_timeout=120)
-import jax.numpy as jnp, numpy as np
-from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec as P
-from magistral_jax.policy.fingerprint import fingerprint
-from magistral_jax.publish.cross_host import cross_host_copy
-mesh = lambda process: Mesh(
-    np.array([d for d in jax.devices() if d.process_index == process]), ("tensor",), axis_types=(AxisType.Auto,)
-)
-specs = {"a": P("tensor"), "b": P()}
-sources, targets = ({k: NamedSharding(mesh(p), spec) for k, spec in specs.items()} for p in (0, 1))
-shapes = {"a": (64, 3), "b": (5,)}
-for version in range(2):
-    if rank == 0:
-        make = lambda k: np.random.default_rng(version).normal(size=shapes[k]).astype(np.float32)
-        params = {k: jax.device_put(make(k), sources[k]) for k in specs}
-    else:
-        params = {k: jax.ShapeDtypeStruct(shapes[k], jnp.float32) for k in specs}
-    moved = jax.block_until_ready(cross_host_copy(params, sources, targets))
-    held = params if rank == 0 else moved
-    print(json.dumps({k: fingerprint(held[k]) for k in specs}), flush=True)
-jax.distributed.shutdown()  # waits for the other: what is on its way must arrive
-"""
+DOCUMENT = pathlib.Path(__file__).parents[2] / "docs" / "publish.md"
 
 
 def free_address() -> str:
@@ -60,9 +32,11 @@ def free_address() -> str:
             return f"127.0.0.1:{server.getsockname()[1]}"
 
 
-def test_the_other_process_holds_what_the_trainer_sent():
-    job = free_address()
-    commands = [[sys.executable, "-c", PROGRAM, str(rank), job, free_address()] for rank in range(2)]
+def test_the_documented_program_samples_in_one_process_from_what_the_other_has_sent(tmp_path: pathlib.Path):
+    (program,) = re.findall(r"```python\n(.*?)```", DOCUMENT.read_text(), re.DOTALL)
+    script, job = tmp_path / "both_roles.py", free_address()
+    script.write_text(program)
+    commands = [[sys.executable, str(script), job, str(rank), free_address()] for rank in range(2)]
     processes = [
         subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) for command in commands
     ]
@@ -74,9 +48,11 @@ def test_the_other_process_holds_what_the_trainer_sent():
     assert [process.returncode for process in processes] == [0, 0], sent_errors + held_errors
     read = lambda text: [json.loads(line) for line in text.splitlines() if line.startswith("{")]  # Gloo speaks, too
     versions = read(sent)
-    assert len(versions) == 2
-    assert versions[0] != versions[1]
+    assert [version["version"] for version in versions] == [0, 1]
+    assert versions[0]["fingerprint"] != versions[1]["fingerprint"]
     assert read(held) == versions
+    sampled = re.findall(r"^sampled \[.+\] by version \[(\d)", held, re.MULTILINE)
+    assert sampled == ["0", "1"]
 
 
 def shardings(first: int, spec: PartitionSpec) -> Any:

@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 
 from magistral_jax.generate.handle import Intake, Notice
+from magistral_jax.generate.process import GeneratorDiedError
 from magistral_jax.records import WeightVersion
 from magistral_jax.schedule import machine
 from magistral_jax.schedule.live import Inbox, Report, RoleFailed, RoleFailedError, drive
@@ -129,6 +130,13 @@ def test_a_role_that_fails_ends_the_run_in_order(role: str):
 def test_the_first_of_several_failures_is_named():
     cast = Cast({machine.Dispatch: lambda action: [RoleFailed("generator", ValueError(str(action.group_id)))]})
     with pytest.raises(RoleFailedError, match=r"The generator failed: ValueError\('0'\)"):
+        cast.drive()
+
+
+def test_a_failure_that_is_a_sentence_is_said_as_one():
+    died = GeneratorDiedError("Generator 3 was killed by SIGKILL")
+    cast = Cast({machine.Dispatch: lambda action: [RoleFailed("generator", died)]})
+    with pytest.raises(RoleFailedError, match=r"^The generator failed: Generator 3 was killed by SIGKILL$"):
         cast.drive()
 
 

@@ -39,6 +39,7 @@ from magistral_jax.publish.shared_memory import SharedWeights
 from magistral_jax.pytrees import TrainState
 from magistral_jax.records import Graded, MagistralError, Problem, Prompt, Reward, SamplingParams, Verdict
 from magistral_jax.schedule.event_log import LOG_FILE, EventLog, Noted, Took, Trained, Verified, read_log
+from magistral_jax.schedule.holdings import Assignment
 from magistral_jax.schedule.live import RoleFailedError
 from magistral_jax.schedule.loop import AsyncLoop, Stages, Update
 from magistral_jax.schedule.machine import Rules, State, StopRequested, from_saved
@@ -61,6 +62,7 @@ RULES = Rules(
 PARAMS = jax.jit(init_params, static_argnums=0)(MODEL, jax.random.key(0))
 PUBLISH = make_publish(MODEL, jnp.dtype("float32"))
 PATIENCE = 120.0
+SAMPLING = SamplingParams(1.0, 1.0, 0, ENGINE.max_new_tokens)
 
 OnResult = Callable[[int, Reward], None]
 Judge = Callable[[int], Verdict | None]
@@ -178,10 +180,9 @@ class Run:
             return self.pool
 
         stages = Stages(
-            prompt_at=self.prompt_at,
+            assign=lambda group_id: Assignment(self.prompt_at(group_id), SAMPLING),
             decode=lambda ids: " ".join(map(str, ids)),
             extract_answer=lambda text: text[-1:],
-            sampling=SamplingParams(1.0, 1.0, 0, ENGINE.max_new_tokens),
             make_generator=make_generator or functools.partial(GeneratorThread, self.batcher),
             make_verifiers=make_verifiers,
             update=update or self.update,
@@ -206,7 +207,7 @@ class Run:
         return Prompt(Problem(f"p{cursor}", f"Question {cursor}", "7"), ids, f"Question {cursor}")
 
     def update(
-        self, state: TrainState, groups: Groups, version: int
+        self, state: TrainState, groups: Groups, version: int, stage: int
     ) -> tuple[TrainState, dict[str, float], np.ndarray]:
         """Any change of the weights will do."""
         self.batches.append((version, [list(group) for group in groups]))
@@ -432,7 +433,7 @@ def test_nothing_is_lost_or_doubled_when_a_generator_is_killed(tmp_path: pathlib
     batcher.set_weights(PUBLISH(PARAMS), 0)
     for request_id in first:
         prompt = run.prompt_at(request_id // 2).token_ids
-        batcher.submit(GenerationRequest(request_id, prompt, SamplingParams(1.0, 1.0, 0, ENGINE.max_new_tokens)))
+        batcher.submit(GenerationRequest(request_id, prompt, SAMPLING))
     while batcher.num_running or batcher.num_waiting:
         for rollout in batcher.step():
             np.testing.assert_array_equal(rollout.completion_ids, first[rollout.request_id])
@@ -443,10 +444,10 @@ def test_nothing_is_lost_or_doubled_when_a_generator_is_killed(tmp_path: pathlib
 
 def test_a_stop_and_a_resume_train_everything_once(tmp_path: pathlib.Path):
     class Stopping(Run):
-        def update(self, state: TrainState, groups: Groups, version: int) -> Any:
+        def update(self, state: TrainState, groups: Groups, version: int, stage: int) -> Any:
             if version == 1:
                 self.loop.inbox.put(StopRequested())
-            return super().update(state, groups, version)
+            return super().update(state, groups, version, stage)
 
     first = Stopping(tmp_path / "run", seed=4)
     state = first.run()
@@ -554,7 +555,7 @@ def test_a_generator_that_fails_ends_the_run_in_order(tmp_path: pathlib.Path):
 
 
 def test_a_trainer_that_fails_is_named(tmp_path: pathlib.Path):
-    def update(state: TrainState, groups: Groups, version: int) -> Any:
+    def update(state: TrainState, groups: Groups, version: int, stage: int) -> Any:
         raise FloatingPointError("loss is not finite")
 
     run = Run(tmp_path, update=update)
@@ -567,7 +568,7 @@ def test_a_trainer_that_fails_is_named(tmp_path: pathlib.Path):
 def test_a_trainer_that_hangs_is_named_and_left_behind(tmp_path: pathlib.Path):
     release = threading.Event()
 
-    def update(state: TrainState, groups: Groups, version: int) -> Any:
+    def update(state: TrainState, groups: Groups, version: int, stage: int) -> Any:
         release.wait(PATIENCE)
         raise ValueError("too late")
 

@@ -22,7 +22,7 @@ def length_of(request_id: int) -> int:
 
 
 class Player(RuleBasedStateMachine):
-    """Roles that end their work in any order, fail, die and come back; stops, kills and resumes in between.
+    """Roles that end their work in any order, fail, die and come back; stages, stops, kills and resumes in between.
 
     It keeps books of its own from the actions alone: what it was told to do, and what it was told is over.
     """
@@ -35,6 +35,7 @@ class Player(RuleBasedStateMachine):
         max_staleness=st.integers(0, 4),
         checkpoint_every=st.integers(0, 2),
         filters=st.booleans(),
+        stages=st.lists(st.tuples(st.integers(1, 3), st.integers(1, 8)), max_size=3),
     )
     def begin(
         self,
@@ -45,24 +46,32 @@ class Player(RuleBasedStateMachine):
         max_staleness: int,
         checkpoint_every: int,
         filters: bool,
+        stages: list[tuple[int, int]],
     ) -> None:
-        batch_size = group_size * num_groups
-        self.run_rules = Rules(
-            group_size=group_size,
-            batch_size=batch_size,
-            num_steps=10**6,
-            num_async=group_size * num_async,
-            max_ready=int(ready_batches * batch_size),
-            max_staleness=max_staleness,
-            checkpoint_every=checkpoint_every,
-            filter_zero_variance=filters,
-        )
+        def rules(num_groups: int, num_async: int) -> Rules:
+            batch_size = group_size * num_groups
+            return Rules(
+                group_size=group_size,
+                batch_size=batch_size,
+                num_steps=10**6,
+                num_async=group_size * num_async,
+                max_ready=int(ready_batches * batch_size),
+                max_staleness=max_staleness,
+                checkpoint_every=checkpoint_every,
+                filter_zero_variance=filters,
+            )
+
+        own = tuple(rules(*sizes) for sizes in stages)
+        self.run_rules = dataclasses.replace(rules(num_groups, num_async), stages=own)
+        self.sizes = own or (self.run_rules,)  # of whatever may be on its way
         self.state = State()
         self.sampling: set[int] = set()
         self.grading: set[int] = set()
         self.graded: dict[int, float | None] = {}
         self.training: tuple[int, ...] | None = None
         self.version_of: dict[int, int] = {}  # of groups since they were last dispatched
+        self.num_stages = 0  # that have begun
+        self.stages_before: dict[int, int] = {}  # of groups since they were last dispatched
         self.ended: dict[int, str] = {}
         self.version = 0
         self.events: list[machine.Event] = []
@@ -94,6 +103,7 @@ class Player(RuleBasedStateMachine):
                 assert self.living != set()
                 assert not set(members(group_id)) & {*self.sampling, *self.grading, *self.graded}
                 self.version_of[group_id] = self.version
+                self.stages_before[group_id] = self.num_stages
                 self.sampling |= set(members(group_id))
             case machine.Verify(request_id):
                 self.sampling.remove(request_id)
@@ -107,11 +117,12 @@ class Player(RuleBasedStateMachine):
             case machine.Train(number, group_ids):
                 assert self.training is None
                 assert number == self.version
-                assert len(group_ids) * self.run_rules.group_size == self.run_rules.batch_size
+                assert len(group_ids) * self.run_rules.group_size == self.stage_rules.batch_size
                 for group_id in group_ids:
                     assert group_id not in self.ended
                     assert None not in [self.graded.pop(i) for i in members(group_id)]
-                    assert number - self.version_of[group_id] <= self.run_rules.max_staleness
+                    is_of_this_stage = self.stages_before[group_id] == self.num_stages
+                    assert not is_of_this_stage or number - self.version_of[group_id] <= self.run_rules.max_staleness
                 self.training = group_ids
             case machine.Publish(version):
                 assert version == self.version + 1
@@ -121,6 +132,30 @@ class Player(RuleBasedStateMachine):
             case machine.Checkpoint(number):
                 assert number == self.version
                 self.checkpoint = (json.loads(json.dumps(to_saved(self.state))), dict(self.ended), self.version)
+
+    @property
+    def stage_rules(self) -> Rules:
+        return self.run_rules.at(self.state.stage)
+
+    @precondition(lambda self: self.run_rules.stages and not self.state.is_finished)
+    @rule(data=st.data())
+    def another_stage_begins(self, data: st.DataObject) -> None:
+        self.num_stages += 1
+        before = self.state
+        actions = self.feed(machine.StageBegan(data.draw(st.integers(0, len(self.run_rules.stages) - 1)), "pool"))
+        assert isinstance(actions[0], machine.OpenPool)
+        assert actions[0].first_group == before.next_group
+        # Nothing that is on its way is touched.
+        assert set(before.outstanding()) <= set(self.state.outstanding())
+        assert all(self.state.pending[group_id] == group for group_id, group in before.pending.items())
+
+    @precondition(lambda self: not self.state.is_finished)
+    @rule()
+    def the_pool_is_drawn_anew(self) -> None:
+        before = self.state
+        assert self.feed(machine.PoolDrawn("another"))[0] == machine.OpenPool(
+            before.next_group, before.num_done + bool(before.training), before.stage, "another"
+        )
 
     @precondition(lambda self: self.sampling and not self.state.is_finished)
     @rule(data=st.data(), count=st.integers(1, 12))
@@ -172,6 +207,8 @@ class Player(RuleBasedStateMachine):
         ):
             self.graded[request_id] = float(request_id)  # complete, and kept by whoever keeps the rollouts
         self.version_of |= dict(saved.get("ready", []))
+        self.num_stages += 1  # what comes again may have been dispatched under other rules
+        self.stages_before |= dict.fromkeys(kept, -1 if self.run_rules.stages else self.num_stages)
         self.state = from_saved(saved)
         self.events, self.everything = [], []
         self.first = self.state
@@ -249,8 +286,8 @@ class Player(RuleBasedStateMachine):
 
     @invariant()
     def admission_keeps_its_bounds(self) -> None:
-        assert self.state.num_in_flight <= self.run_rules.num_async
-        assert len(self.state.training) in (0, self.run_rules.batch_size // self.run_rules.group_size)
+        assert self.state.num_in_flight <= max(rules.num_async for rules in self.sizes)
+        assert len(self.state.training) in {0, *(rules.batch_size // rules.group_size for rules in self.sizes)}
         is_waiting = self.state.is_finished or self.state.is_stopping or self.living == set()
         assert is_waiting or limit(self.run_rules, self.state) is not None  # nobody is kept from work without a reason
 
@@ -281,6 +318,34 @@ SIMPLE = Rules(
     checkpoint_every=2,
     filter_zero_variance=True,
 )
+
+
+def test_what_is_ready_counts_for_a_batch_of_the_new_size():
+    stages = (SIMPLE, dataclasses.replace(SIMPLE, batch_size=2, num_async=4, max_ready=2))
+    rules = dataclasses.replace(SIMPLE, stages=stages)
+    state, _ = step(rules, State(), machine.Started())
+    for request_id in range(6):
+        state, actions = step(rules, state, machine.Verified(request_id, float(request_id)))
+    assert state.training == (0, 1)  # two groups; the third is ready
+    state, actions = step(rules, state, machine.StageBegan(1, "pool"))
+    assert actions == [machine.OpenPool(state.next_group, 1, 1, "pool")]  # more is in flight than the stage dispatches
+    state, actions = step(rules, state, machine.Trained())
+    assert actions == [machine.Publish(1), machine.Train(1, (2,))]
+    assert from_saved(to_saved(state)).stage == 1
+    with pytest.raises(ValueError, match="stage 2 began, and there are 2"):
+        step(rules, state, machine.StageBegan(2, "pool"))
+
+
+def test_batches_that_shrink_are_trained_though_what_was_dispatched_before_is_older_than_is_allowed():
+    large = dataclasses.replace(SIMPLE, batch_size=8, max_ready=8, max_staleness=1, num_async=16)
+    rules = dataclasses.replace(large, stages=(large, dataclasses.replace(large, batch_size=2, max_ready=2)))
+    state, _ = step(rules, State(), machine.Started())
+    state, _ = step(rules, state, machine.StageBegan(1, "pool"))
+    for request_id in range(16):
+        state, _ = step(rules, state, machine.Verified(request_id, float(request_id)))
+    for number in range(8):
+        assert state.training == (number,)
+        state, _ = step(rules, state, machine.Trained())
 
 
 def test_no_prompt_is_dispatched_while_every_generator_is_dead():

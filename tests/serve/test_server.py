@@ -85,3 +85,17 @@ def test_connections_beyond_the_bound_are_answered_with_503(start: Any):
         with socket.create_connection(address), socket.create_connection(address):
             running.wait_for(lambda: status() == 503)
         running.wait_for(lambda: status() == 200)
+
+
+def test_a_client_that_does_not_send_its_request_is_not_waited_for(start: Any):
+    with start(serve__request_seconds=0.2) as running, concurrent.futures.ThreadPoolExecutor(1) as pool:
+        running.admin("pause")
+        text = pool.submit(running.text, "abc", max_tokens=2)  # who waits for the service is another matter
+        address = ("127.0.0.1", int(running.url.rsplit(":", 1)[1]))
+        half = b"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Length: 9\r\n\r\n{"
+        for sent in (b"", b"GET /hea", half):
+            with socket.create_connection(address, timeout=60) as silent:
+                silent.sendall(sent)
+                assert silent.recv(1) == b""
+        running.admin("resume")
+        assert isinstance(text.result(), str)

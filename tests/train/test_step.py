@@ -238,6 +238,11 @@ def test_rematerialisation_changes_no_gradient():
     jax.tree.map(close, gradient, each_alone()[1])
 
 
+def test_layers_without_a_loop_make_the_same_gradient():
+    gradient, _ = run(cut(), policy=dataclasses.replace(POLICY, unroll=0))
+    jax.tree.map(close, gradient, each_alone()[1])
+
+
 def test_bfloat16_computes_nearly_the_same_and_keeps_float32_gradients():
     gradient, metrics = run(cut(), policy=dataclasses.replace(POLICY, dtype="bfloat16"))
     value, expected, _ = each_alone()

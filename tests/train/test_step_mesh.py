@@ -19,9 +19,9 @@ from magistral_jax.policy.transformer import init_params
 from magistral_jax.records import MagistralError
 from magistral_jax.train.collate import TrainingSequence, collate
 from magistral_jax.train.config import LossConfig, OptimizerConfig
-from magistral_jax.train.footprint import abstract_batch, abstract_state
+from magistral_jax.train.footprint import abstract_batch, abstract_state, bytes_of
 from magistral_jax.train.optimizer import make_optimizer
-from magistral_jax.train.step import grpo_objective, init_sharded, init_state, make_train_step
+from magistral_jax.train.step import grpo_objective, init_sharded, init_state, make_train_step, sft_objective
 
 MODEL = ModelConfig(vocab_size=32, d_model=16, num_layers=2, num_heads=4, num_kv_heads=2, head_dim=8, d_ff=32)
 OPTIMIZER = make_optimizer(OptimizerConfig(learning_rate=0.01, eps=1e-3, weight_decay=0.1), 10)
@@ -184,6 +184,27 @@ def test_what_is_kept_shrinks_from_policy_to_policy():
         planned: Any = lowered.compile().memory_analysis()
         temp[remat] = planned.temp_size_in_bytes
     assert temp["none"] > temp["outputs"] > temp["full"]
+
+
+def bytes_on(config: MeshConfig):
+    """What of a state every device holds whole, and what the compiler plans for a device and a step."""
+    model, mesh = dataclasses.replace(MODEL, d_model=64, vocab_size=512, d_ff=128, num_kv_heads=4), make_mesh(config)
+    step = make_train_step(model, PolicyConfig(logprob_chunk=64), sft_objective, OPTIMIZER, mesh=mesh)
+    state = abstract_state(model, mesh, OPTIMIZER, jnp.dtype("float32"))
+    batch = abstract_batch(mesh, rows=8, row_tokens=128)
+    planned: Any = jax.jit(step, donate_argnums=0).lower(state, batch).compile().memory_analysis()
+    assert planned.argument_size_in_bytes == bytes_of(state) + bytes_of(batch)  # a device gets its part and no more
+    return [leaf for leaf in jax.tree.leaves(state) if leaf.sharding.is_fully_replicated], planned
+
+
+def test_nothing_is_on_every_device_that_need_not_be():
+    _, alone = bytes_on(MeshConfig())
+    for config in (MeshConfig(fsdp=8), MeshConfig(fsdp=2, sequence=2, tensor=2)):
+        whole, found = bytes_on(config)
+        assert max(leaf.size for leaf in whole) == 2 * 64  # the norms of two layers
+        assert found.argument_size_in_bytes < 1.05 * alone.argument_size_in_bytes / 8
+        # Activations, and the weights that are gathered for the layer at work.
+        assert found.temp_size_in_bytes < 1.25 * alone.temp_size_in_bytes / 8
 
 
 def test_a_mesh_that_cannot_be_is_refused():
