@@ -39,7 +39,8 @@ _INTERVALS = {
         schedule.checkpoint_every sft.checkpoint_every evaluation.temperature serve.max_pending serve.drain_seconds""",
     "(0, inf)": """distributed.start_seconds distributed.heartbeat_seconds
         verifiers.deadline verifiers.start_deadline code.compile_seconds code.cpu_seconds code.wall_seconds
-        serve.request_seconds translate.timeout optimizer.eps policy.lora_alpha schedule.role_deadline generation.transfer_deadline""",
+        serve.request_seconds translate.timeout optimizer.eps policy.lora_alpha schedule.role_deadline
+        generation.transfer_deadline""",
     "(0, 1]": "generation.top_p evaluation.top_p curriculum.newest_weight",
     "[0, 1)": "sft.validation_share loss.eps_low optimizer.b1 optimizer.b2",
     "[0, 1]": """curate.too_hard curate.too_easy curate.agreement data.overlap data.similarity

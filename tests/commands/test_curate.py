@@ -2,8 +2,10 @@
 
 import json
 import pathlib
-import shutil
-from collections.abc import Callable
+import signal
+import subprocess
+import sys
+import time
 from typing import Any
 
 import pytest
@@ -83,21 +85,25 @@ def test_what_stays_and_what_is_removed(finished: pathlib.Path):
 
 
 def test_a_killed_run_ends_with_the_same_files(
-    finished: pathlib.Path, tiny: Any, settings: dict[str, Any], tmp_path: pathlib.Path, refusal: Callable[..., str]
+    finished: pathlib.Path, tiny: Any, settings: dict[str, Any], tmp_path: pathlib.Path
 ):
     folder = tmp_path / "out"
-    shutil.copytree(finished, folder)
+    words = ["curate", "math", *tiny.flags(settings), f"--out={folder}"]
     journal = folder / "samples_1.jsonl"
-    lines = journal.read_bytes().splitlines(keepends=True)
-    journal.write_bytes(lines[0] + lines[1] + lines[2][:20])  # killed while it wrote the second chunk
-    for name in ("curated.jsonl", "pool.jsonl", "removed.jsonl", "table.json", "table.md"):
-        (folder / name).unlink()
-    main(["curate", "math", *tiny.flags(settings), f"--out={folder}", "--resume"])
+    with subprocess.Popen([sys.executable, "-c", "from magistral_jax.main import main; main()", *words]) as process:
+        end = time.monotonic() + 300
+        while not (journal.exists() and journal.stat().st_size) and time.monotonic() < end:
+            time.sleep(0.001)
+        process.send_signal(signal.SIGKILL)
+    assert process.returncode == -signal.SIGKILL
+    with journal.open("ab") as file:
+        file.write(b'{"id": "op')  # a kill may come in the middle of a line
+    main([*words, "--resume"])
     for path in finished.iterdir():
         if path.name != "config.json":
             assert (folder / path.name).read_bytes() == path.read_bytes(), path.name
     with pytest.raises(SystemExit):  # not by mistake
-        main(["curate", "math", *tiny.flags(settings), f"--out={folder}"])
+        main(words)
 
 
 def test_stage_2_regrades_the_pool(
