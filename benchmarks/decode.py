@@ -126,7 +126,7 @@ class Side:
 def sides(args: Args, folder: pathlib.Path) -> Iterator[list[Side]]:
     """All that were asked for, ours first."""
     pythons = {"ours": sys.executable}
-    if args.peer == "tunix" and args.tunix_python:
+    if args.tunix_python:
         pythons["tunix"] = args.tunix_python
     if args.transformers_python:
         pythons |= {"transformers": args.transformers_python, "transformers-cb": args.transformers_python}

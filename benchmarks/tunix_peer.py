@@ -2,20 +2,18 @@
 
     pip install google-tunix==0.1.7
 
-Imported only when asked for and installed. Everything that is timed is Tunix's own code: `Sampler.__call__` as its
+Everything that is timed is Tunix's own code: `Sampler.__call__` as its
 `VanillaRollout` calls it (temperature, top-p 1, log-probs returned), and the jitted train step of its RL `Trainer`
 with its registered GRPO loss (`beta` 0: no reference model), as `GRPOLearner` sets it up.
 """
 
 import dataclasses
-import importlib.util
 import warnings
 from collections.abc import Callable, Sequence
-from typing import Any, Literal
+from typing import Any
 
 import jax
 import jax.numpy as jnp
-import machine
 import numpy as np
 import optax
 
@@ -29,9 +27,8 @@ _PAD_ID = 0
 
 @dataclasses.dataclass(frozen=True)
 class Sizes:
-    """What both benchmarks have as flags: the peer, and the shape of the policy on both sides."""
+    """What both benchmarks have as flags: the shape of the policy on both sides."""
 
-    peer: Literal["tunix", "none"] = "tunix"
     layers: int = 4
     d_model: int = 256
     d_ff: int = 768
@@ -52,16 +49,6 @@ class Sizes:
             d_ff=self.d_ff,
             rope_theta=_ROPE_THETA,
         )
-
-
-def is_wanted(sizes: Sizes) -> bool:
-    """Whether the peer was asked for and can be imported; says so loudly where it cannot."""
-    is_installed = importlib.util.find_spec("tunix") is not None
-    if sizes.peer == "tunix" and not is_installed:
-        machine.console.print(
-            "google-tunix is NOT installed: there is no peer in this run, only our own figures.", style="bold red"
-        )
-    return sizes.peer == "tunix" and is_installed
 
 
 def make_model(model: ModelConfig, params: dict[str, Any]) -> Any:
