@@ -110,6 +110,7 @@ def test_on_a_mesh_that_the_engine_shares_adapters_are_trained_published_and_mer
         "mesh.tensor": 2,
         "generation.tensor": 2,
         "generation.num_slots": 4,
+        "generation.on_publish": "recompute",  # what a token was sampled from is then the weights of its version alone
         "data.num_evaluation": 1,
         "evaluation.num_samples": 1,
         "generation.max_new_tokens": 24,
