@@ -13,7 +13,6 @@ import difflib
 import io
 import json
 import pathlib
-import tomllib
 import typing
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, Literal
@@ -28,6 +27,7 @@ from magistral_jax.policy.config import MeshConfig, PolicyConfig
 from magistral_jax.records import MagistralError
 from magistral_jax.schedule.config import ScheduleConfig
 from magistral_jax.serve.config import ServeConfig
+from magistral_jax.toml_file import read_toml
 from magistral_jax.train.config import BatchConfig, LossConfig, OptimizerConfig, SftConfig
 from magistral_jax.verify.config import CodeConfig, PoolConfig, RewardConfig, SandboxConfig
 
@@ -128,22 +128,22 @@ class _Setting:
 
 
 def _settings_of_file(path: pathlib.Path) -> Iterator[_Setting]:
-    try:
-        table = tomllib.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise MagistralError(f"{path}: cannot read the configuration: {error.strerror}.") from error
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-        raise MagistralError(f"{path}: not valid TOML: {error}.") from error
-    return _settings_of_table(table, str(path))
+    return _settings_of_table(read_toml(path, "configuration"), str(path))
 
 
-def _settings_of_table(table: Mapping[str, Any], origin: str, prefix: str = "") -> Iterator[_Setting]:
+def _settings_of_table(table: Mapping[str, Any], origin: str) -> Iterator[_Setting]:
+    for name, values in flatten(table):
+        yield _Setting(_full_name(name), values, origin)
+
+
+def flatten(table: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, tuple[str, ...]]]:
+    """Dotted names of a table's settings, and their values as they stand on a command line."""
     for key, value in table.items():
         if isinstance(value, Mapping):
-            yield from _settings_of_table(value, origin, f"{prefix}{key}.")
+            yield from flatten(value, f"{prefix}{key}.")
         else:
             values = value if isinstance(value, list) else [value]
-            yield _Setting(_full_name(prefix + key), tuple(map(_word, values)), origin)
+            yield prefix + key, tuple(map(_word, values))
 
 
 def _word(value: Any) -> str:

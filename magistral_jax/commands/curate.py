@@ -67,12 +67,14 @@ def parse(words: Sequence[str]) -> tuple[str, Config]:
     kind, *rest = words
     if kind not in ("math", "code"):
         raise MagistralError(f"expected `{_PROG} math` or `{_PROG} code`, not `{kind}`")
-    settings = [_renamed(word) for word in rest]
-    if settings and not settings[0].startswith("--") and not settings[0].endswith(".toml"):
-        settings[0] = f"--data.train={settings[0]}"
-    elif len(settings) > 1 and settings[0].endswith(".toml") and not settings[1].startswith("--"):
-        settings[1] = f"--data.train={settings[1]}"
-    return kind, load(settings, prog=f"{_PROG} {kind}")
+    return kind, load(with_source([_renamed(word) for word in rest]), prog=f"{_PROG} {kind}")
+
+
+def with_source(words: Sequence[str]) -> list[str]:
+    """A bare word, the first or behind a TOML file, as the setting `data.train`."""
+    place = 1 if words and words[0].endswith(".toml") else 0
+    is_source = len(words) > place and not words[place].startswith("--")
+    return [f"--data.train={word}" if is_source and i == place else word for i, word in enumerate(words)]
 
 
 def _renamed(word: str) -> str:

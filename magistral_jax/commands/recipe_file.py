@@ -22,14 +22,14 @@ Whatever is not `command`, `config` or `per_seed` is a setting of the command, a
 
 import dataclasses
 import graphlib
-import json
 import pathlib
 import re
-import tomllib
 from collections.abc import Iterator, Mapping
 from typing import Any
 
+from magistral_jax.config import flatten
 from magistral_jax.records import MagistralError
+from magistral_jax.toml_file import read_toml
 
 _REFERENCE = re.compile(r"\{(\w+)\}")
 _COMMANDS = ("sft", "traces", "train")
@@ -82,12 +82,7 @@ def read_recipe(path: pathlib.Path) -> Recipe:
     Raises:
       MagistralError: The file cannot be read, or says something that no recipe can; the sentence names the place.
     """
-    try:
-        table = tomllib.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise MagistralError(f"{path}: cannot read the recipe: {error.strerror}.") from error
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-        raise MagistralError(f"{path}: not valid TOML: {error}.") from error
+    table = read_toml(path, "recipe")
     if wrong := table.keys() - {"folder", "settings", "steps", "variants"}:
         raise MagistralError(f"{path}: unknown `{min(wrong)}`; a recipe has folder, settings, steps and variants.")
     if not isinstance(folder := table.get("folder"), str):
@@ -119,16 +114,10 @@ def _read_step(table: dict[str, Any], place: str, shared: list[str]) -> Step:
 _STEP_KEYS = {"command": "", "config": "", "per_seed": False}
 
 
-def _words(table: Mapping[str, Any], prefix: str = "") -> Iterator[str]:
+def _words(table: Mapping[str, Any]) -> Iterator[str]:
     """Settings as on a command line."""
-    for key, value in table.items():
-        if isinstance(value, dict):
-            yield from _words(value, f"{prefix}{key}.")
-        elif isinstance(value, list):
-            # A stage of a curriculum is a table, and as one word a JSON object.
-            yield from (f"--{prefix}{key}", *(json.dumps(v) if isinstance(v, dict) else str(v) for v in value))
-        else:
-            yield f"--{prefix}{key}={value}"
+    for name, values in flatten(table):
+        yield from (f"--{name}={values[0]}",) if len(values) == 1 else (f"--{name}", *values)
 
 
 def _check(recipe: Recipe, path: pathlib.Path) -> None:

@@ -9,11 +9,11 @@ from magistral_jax.commands.progress import on_interrupt, progress_bar
 from magistral_jax.commands.setup import describe_training_attention, load_model, open_run, say
 from magistral_jax.commands.sft_data import load_sft_data
 from magistral_jax.commands.trainable import check_base
-from magistral_jax.commands.trainer import join, open_checkpoints
+from magistral_jax.commands.trainer import open_checkpoints, run_or_follow
 from magistral_jax.commands.tuner import follow, lead, make_tuner
 from magistral_jax.commands.validation import Validation
 from magistral_jax.config import Config
-from magistral_jax.distributed.orders import Follower, Leader
+from magistral_jax.distributed.orders import Leader
 from magistral_jax.metrics import MetricsWriter
 from magistral_jax.train.balance import ranks_of
 from magistral_jax.train.collate import collate
@@ -26,12 +26,7 @@ def sft(config: Config) -> None:
 
     Where there are several processes, this is the command of each; all but process 0 follow it.
     """
-    leader, mesh = join(config)
-    if isinstance(leader, Follower):
-        follow(config, leader, mesh)
-        return
-    with leader:
-        run(config, leader, mesh)
+    run_or_follow(config, run, follow)
 
 
 def run(config: Config, leader: Leader, mesh: Mesh) -> None:

@@ -35,11 +35,11 @@ from magistral_jax.commands.setup import (
     think_tags,
 )
 from magistral_jax.commands.trainable import check_base
-from magistral_jax.commands.trainer import follow, gather, join, lead, make_trainer, open_checkpoints
+from magistral_jax.commands.trainer import follow, gather, lead, make_trainer, open_checkpoints, run_or_follow
 from magistral_jax.config import Config
 from magistral_jax.data.curriculum import STAGES_FILE
 from magistral_jax.data.loader import PromptLoader
-from magistral_jax.distributed.orders import Follower, Leader
+from magistral_jax.distributed.orders import Leader
 from magistral_jax.evaluate import extract_answer
 from magistral_jax.metrics import METRICS_FILE, MetricsWriter, RolloutWriter, read_json_lines, replace_text
 from magistral_jax.records import Prompt
@@ -56,12 +56,7 @@ def train(config: Config) -> None:
 
     Where the trainer has several processes, this is the command of each; all but process 0 follow it.
     """
-    leader, mesh = join(config)
-    if isinstance(leader, Follower):
-        follow(config, leader, mesh)
-        return
-    with leader:
-        run(config, leader, mesh)
+    run_or_follow(config, run, follow)
 
 
 def run(config: Config, leader: Leader, mesh: Mesh) -> None:

@@ -45,6 +45,18 @@ def join(config: Config) -> tuple[Leader | Follower, Mesh]:
     return connect(host, seconds=distributed.start_seconds), mesh
 
 
+def run_or_follow(
+    config: Config, run: Callable[[Config, Leader, Mesh], None], follow: Callable[[Config, Follower, Mesh], None]
+) -> None:
+    """What a command does in each of its processes: process 0 runs it, all others follow."""
+    leader, mesh = join(config)
+    if isinstance(leader, Follower):
+        follow(config, leader, mesh)
+        return
+    with leader:
+        run(config, leader, mesh)
+
+
 @dataclasses.dataclass(frozen=True)
 class Trainer:
     """What every process of the trainer has. The functions are called in all of them, in the same order."""

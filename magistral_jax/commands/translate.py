@@ -7,7 +7,7 @@ import sys
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from magistral_jax.commands.curate import start_folder, to_row
+from magistral_jax.commands.curate import start_folder, to_row, with_source
 from magistral_jax.commands.problems import load_source, sources_of
 from magistral_jax.commands.progress import progress_bar
 from magistral_jax.commands.setup import open_run, say
@@ -57,11 +57,7 @@ def parse(words: Sequence[str]) -> Config:
     Raises:
       MagistralError: A word is unknown or out of place.
     """
-    settings = [_renamed(word) for word in words]
-    place = 1 if settings[0].endswith(".toml") else 0
-    if len(settings) > place and not settings[place].startswith("--"):
-        settings[place] = f"--data.train={settings[place]}"
-    return load(settings, prog=_PROG)
+    return load(with_source([_renamed(word) for word in words]), prog=_PROG)
 
 
 def _renamed(word: str) -> str:

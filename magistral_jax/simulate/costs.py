@@ -5,12 +5,12 @@ import dataclasses
 import itertools
 import math
 import pathlib
-import tomllib
 import typing
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 from magistral_jax.records import MagistralError
+from magistral_jax.toml_file import read_toml
 
 
 @dataclasses.dataclass(frozen=True)
@@ -81,13 +81,7 @@ def load_costs(path: pathlib.Path) -> Costs:
     Raises:
       MagistralError: No such file, broken TOML, an unknown name, or a value that cannot be.
     """
-    try:
-        table = tomllib.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise MagistralError(f"{path}: cannot read the rates: {error.strerror}.") from error
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-        raise MagistralError(f"{path}: not valid TOML: {error}.") from error
-    return costs_from(table, str(path))
+    return costs_from(read_toml(path, "rates"), str(path))
 
 
 def costs_from(table: Mapping[str, Any], origin: str, costs: Costs | None = None) -> Costs:
