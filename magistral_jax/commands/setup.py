@@ -31,6 +31,7 @@ from magistral_jax.policy.config import ModelConfig
 from magistral_jax.policy.hf_config import also_sees, read_model_config, read_text_config
 from magistral_jax.policy.hf_folder import load_params, save_folder
 from magistral_jax.policy.hf_stream import load_sharded
+from magistral_jax.policy.native_attention import why_no_native_pages
 from magistral_jax.policy.pages import PageReader
 from magistral_jax.policy.sharding import check_mesh, generator_shardings, make_generator_mesh, param_shardings
 from magistral_jax.policy.transformer import init_params
@@ -170,7 +171,7 @@ def make_batcher(config: Config, model: Model, trainer: Mesh | None = None, *, n
     generation, (mesh, _) = config.generation, place_engine(config, model, trainer)
     stop_ids = tuple(model.tokenizer.stop_ids)
     batcher = ContinuousBatcher(model.config, generation, stop_ids, config.run.seed, mesh, num_top)
-    say(describe_engine(generation, batcher.reader, trainer))
+    say(describe_engine(generation, model.config, batcher.reader, trainer))
     return batcher
 
 
@@ -195,14 +196,19 @@ def place_engine(config: Config, model: Model, trainer: Mesh | None = None) -> t
     return mesh, generator_shardings(model.config, mesh)
 
 
-def describe_engine(generation: GenerationConfig, reader: PageReader, trainer: Mesh | None = None) -> str:
+def describe_engine(
+    generation: GenerationConfig, model: ModelConfig, reader: PageReader, trainer: Mesh | None = None
+) -> str:
     """How an engine reads its pages, on which devices, and whether these are the trainer's as well."""
     devices = jax.local_devices()[:1] if reader.mesh is None else list(reader.mesh.devices.flat)
     is_shared = trainer is not None and not set(devices).isdisjoint(trainer.devices.flat)
+    is_second_best = generation.attention == "auto" and reader.implementation == "xla" and devices[0].platform == "cpu"
+    obstacle = why_no_native_pages("cpu", model.head_dim, generation.kv_dtype) if is_second_best else ""
     return (
         f"KV pages in {generation.kv_dtype} are read by `{reader.implementation}` (generation.attention = "
         f"{generation.attention}) on {', '.join(map(str, devices))}"
         + (", shared with the trainer" if is_shared else "")
+        + (f"; `native` is not used, as {obstacle}" if obstacle else "")
     )
 
 

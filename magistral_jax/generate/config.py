@@ -35,9 +35,10 @@ class GenerationConfig:
     """What happens to running sequences when weights arrive (§3): keep their KV cache, rebuild it, or finish first."""
     kv_dtype: Literal["float32", "bfloat16", "int8", "float8_e4m3fn"] = "float32"
     """Precision of the KV cache; 8 bits come with a scale for each token and head."""
-    attention: Literal["auto", "reference", "xla", "tpu"] = "auto"
-    """How KV pages are read: by plain gathering (slow, for checks), by XLA on any platform, or by the TPU kernel that
-    jax ships. `auto` takes the fastest that works, and says which."""
+    attention: Literal["auto", "reference", "xla", "native", "tpu"] = "auto"
+    """How KV pages are read: by plain gathering (slow, for checks), by XLA on any platform, by our kernel for CPUs
+    (compiled once, by the C++ compiler of this machine), or by the TPU kernel that jax ships. `auto` takes the fastest
+    that works, and says which."""
     tensor: int = 1
     """Devices of one engine, over which heads, feed-forward width and vocabulary are split: those after the trainer's
     where there are enough, else the first ones, shared with it; of a generator in another process, its first ones."""

@@ -2,6 +2,7 @@
 
   reference  gathers all pages and takes a plain softmax in float32: the oracle of the tests, any platform
   xla        online softmax over the pages in use, portable
+  native     our kernel for CPUs, in C++ (`policy.native_attention`)
   tpu        the ragged paged attention kernel that jax ships (`policy.tpu_attention`)
 
 A kernel of our own for GPUs (Pallas, Mosaic) would be a further branch of `_attend`, with the pages laid out as it
@@ -17,6 +18,7 @@ from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Bool, Float, Int
 
 from magistral_jax.policy.config import ModelConfig
+from magistral_jax.policy.native_attention import native_paged_attention, why_no_native_pages
 from magistral_jax.policy.pages import InterleavedPages, LayerPages, PageReader, Pages, head_spec
 from magistral_jax.policy.tpu_attention import tpu_paged_attention, why_no_tpu_pages
 from magistral_jax.records import MagistralError
@@ -31,7 +33,7 @@ def choose_reader(choice: str, model: ModelConfig, *, kv_dtype: str, mesh: Mesh 
     """The implementation that `choice` stands for on these devices.
 
     Args:
-      choice: "reference", "xla", "tpu", or "auto", which takes the fastest that works.
+      choice: "reference", "xla", "native", "tpu", or "auto", which takes the fastest that works.
       model: Shape of the model.
       kv_dtype: Precision of the pages.
       mesh: Devices of the engine; None is the default one.
@@ -46,11 +48,14 @@ def choose_reader(choice: str, model: ModelConfig, *, kv_dtype: str, mesh: Mesh 
             f"{model.num_kv_heads} KV heads of the model."
         )
     platform = jax.default_backend() if mesh is None else mesh.devices.flat[0].platform
-    obstacle = why_no_tpu_pages(platform, model.head_dim, model.num_kv_heads // num_shards, kv_dtype)
-    if choice == "tpu" and obstacle:
-        raise MagistralError(f"`generation.attention` is `tpu`, but {obstacle}.")
+    obstacles = {
+        "tpu": lambda: why_no_tpu_pages(platform, model.head_dim, model.num_kv_heads // num_shards, kv_dtype),
+        "native": lambda: why_no_native_pages(platform, model.head_dim, kv_dtype),
+    }
+    if choice in obstacles and (obstacle := obstacles[choice]()):
+        raise MagistralError(f"`generation.attention` is `{choice}`, but {obstacle}.")
     if choice == "auto":
-        choice = "xla" if obstacle else "tpu"
+        choice = next((name for name, find in obstacles.items() if not find()), "xla")
     return PageReader(choice, mesh, *(_CPU_STEP if platform == "cpu" else _STEP))  # pyright: ignore[reportArgumentType]
 
 
@@ -92,6 +97,8 @@ def _attend(q: Array, pages: Pages, page_table: Array, positions: Array, is_live
         return tpu_paged_attention(q, pages.pairs, page_table, positions, is_live, window)
     if pages.reader.implementation == "reference":
         return _reference(q, pages, page_table, positions, window)
+    if pages.reader.implementation == "native":
+        return native_paged_attention(q, pages.keys, pages.values, page_table, positions, is_live, window)
 
     def mix(q: Array, page_table: Array, positions: Array, is_live: Array) -> Array:
         return _online_softmax(q, pages, page_table, positions, is_live, window)

@@ -15,7 +15,7 @@ from jaxtyping import Array, Bool, Float, Int, Num
 
 from magistral_jax.pytrees import pytree_dataclass, static_field
 
-Implementation = Literal["reference", "xla", "tpu"]
+Implementation = Literal["reference", "xla", "native", "tpu"]
 """Ways of reading pages; `policy.paged_attention` has one function for each."""
 
 

@@ -23,7 +23,7 @@ class Tiny:
     """What the tests of this folder share. All engines have the same shapes unless told otherwise: few compilations."""
 
     # Grouped queries: two query heads to a KV head. 70 tokens: no multiple of the sampler's block.
-    model = ModelConfig(vocab_size=70, d_model=32, num_layers=2, num_heads=4, num_kv_heads=2, head_dim=8, d_ff=48)
+    model = ModelConfig(vocab_size=70, d_model=32, num_layers=2, num_heads=4, num_kv_heads=2, head_dim=16, d_ff=48)
     engine = GenerationConfig(
         num_slots=4, page_size=4, max_prompt_tokens=12, max_new_tokens=12, decode_block=3, prefill_rows=2
     )

@@ -19,12 +19,12 @@ from magistral_jax.policy.pages import InterleavedPages, LayerPages, PageReader,
 from magistral_jax.policy.sharding import make_generator_mesh
 from magistral_jax.records import MagistralError
 
-ROWS, TOKENS, HEADS, KV_HEADS, SIZE = 2, 9, 4, 2, 6
+ROWS, TOKENS, HEADS, KV_HEADS, SIZE = 2, 9, 4, 2, 16
 PAGE, NUM_PAGES = 4, 10
 TABLE = jnp.asarray([[7, 2, 5, 0], [1, 8, 3, 0]])  # in no order; page 0 stands where a row owns none
 read = jax.jit(paged_attention, static_argnames="window")
 write = jax.jit(write_pages)
-IMPLEMENTATIONS = ["reference", "xla", "tpu"]
+IMPLEMENTATIONS = ["reference", "xla", "native", "tpu"]
 KERNEL = ragged.ragged_paged_attention
 
 
@@ -195,12 +195,12 @@ def test_written_tokens_land_in_their_pages_and_dead_ones_nowhere(implementation
     assert (np.asarray(pages.values).transpose(0, 2, 1, 3)[untouched] == -1).all()
 
 
-@pytest.mark.parametrize("dtype", ["float32", "int8"])
-def test_heads_split_over_devices_give_the_same(dtype: str):
+@pytest.mark.parametrize(("name", "dtype"), [("xla", "float32"), ("xla", "int8"), ("native", "float32")])
+def test_heads_split_over_devices_give_the_same(name: Any, dtype: str):
     q, k, v = example(1)
-    alone = run_paged(q, k, v, [(0, 5), (5, 9)], pool(0.0, "xla", dtype))
+    alone = run_paged(q, k, v, [(0, 5), (5, 9)], pool(0.0, name, dtype))
     mesh = make_generator_mesh(2, num_taken=0)
-    pages = init_pages(NUM_PAGES, KV_HEADS, PAGE, SIZE, dtype=jnp.dtype(dtype), reader=PageReader("xla", mesh))
+    pages = init_pages(NUM_PAGES, KV_HEADS, PAGE, SIZE, dtype=jnp.dtype(dtype), reader=PageReader(name, mesh))
     assert isinstance(pages, LayerPages)
     assert {shard.data.shape[1] for shard in pages.keys.addressable_shards} == {1}  # one KV head on a device
     np.testing.assert_allclose(run_paged(q, k, v, [(0, 5), (5, 9)], pages), alone, rtol=1e-6)
@@ -229,11 +229,12 @@ def test_another_table_and_other_positions_are_not_traced_again():
         step(pages=pages, page_table=other_table, positions=second, is_live=is_live)
 
 
-def test_a_window_skips_the_pages_before_it():
+@pytest.mark.parametrize("implementation", ["xla", "native"])
+def test_a_window_skips_the_pages_before_it(implementation: Any):
     # Pages before the window hold NaN: whoever reads them, masked or not, passes it on through the values.
-    q, k, v = (jnp.asarray(np.random.default_rng(0).normal(size=(1, 300, 1, 8)), jnp.float32) for _ in range(3))
+    q, k, v = (jnp.asarray(np.random.default_rng(0).normal(size=(1, 300, 1, 16)), jnp.float32) for _ in range(3))
     table, is_live = jnp.arange(20)[None], jnp.ones((1, 300), bool)
-    pages = init_pages(20, 1, 16, 8, dtype=jnp.dtype("float32"), reader=PageReader())
+    pages = init_pages(20, 1, 16, 16, dtype=jnp.dtype("float32"), reader=PageReader(implementation))
     positions = jnp.arange(300)[None]
     pages = write_pages(pages, k, v, table, positions, is_live)
     assert isinstance(pages, LayerPages)
@@ -248,8 +249,11 @@ def test_a_window_skips_the_pages_before_it():
 MODEL = ModelConfig(vocab_size=9, d_model=8, num_layers=1, num_heads=8, num_kv_heads=4, head_dim=128, d_ff=8)
 
 
-def test_auto_is_xla_on_a_cpu_and_others_are_kept():
-    assert choose_reader("auto", MODEL, kv_dtype="float32").implementation == "xla"
+def test_auto_takes_the_fastest_that_works_and_other_choices_are_kept():
+    assert choose_reader("auto", MODEL, kv_dtype="float32").implementation == "native"
+    assert choose_reader("auto", MODEL, kv_dtype="int8").implementation == "xla"
+    assert choose_reader("auto", dataclasses.replace(MODEL, head_dim=24), kv_dtype="float32").implementation == "xla"
+    assert choose_reader("xla", MODEL, kv_dtype="float32").implementation == "xla"
     assert choose_reader("reference", MODEL, kv_dtype="int8").implementation == "reference"
 
 
@@ -293,6 +297,10 @@ def test_the_kernel_itself_takes_our_arguments(kv_heads: int):
 def test_a_choice_that_cannot_work_is_refused_in_a_sentence():
     with pytest.raises(MagistralError, match=r"`generation.attention` is `tpu`, but the engine runs on cpu"):
         choose_reader("tpu", MODEL, kv_dtype="float32")
+    with pytest.raises(
+        MagistralError, match=r"`generation.attention` is `native`, but .* `generation.kv_dtype` is `int8`"
+    ):
+        choose_reader("native", MODEL, kv_dtype="int8")
     mesh = make_generator_mesh(8, num_taken=0)
     with pytest.raises(MagistralError, match=r"`generation.tensor` is 8, which does not divide .* 4 KV heads"):
         choose_reader("auto", MODEL, kv_dtype="float32", mesh=mesh)

@@ -28,7 +28,7 @@ from magistral_jax.policy.transformer import init_params
 from magistral_jax.serve.server import Server, address_of, bind
 
 MODEL = ModelConfig(
-    vocab_size=264, d_model=32, num_layers=2, num_heads=4, num_kv_heads=2, head_dim=8, d_ff=48, max_positions=1024
+    vocab_size=264, d_model=32, num_layers=2, num_heads=4, num_kv_heads=2, head_dim=16, d_ff=48, max_positions=1024
 )
 SPECIAL = ["<s>", "</s>", "<|im_start|>", "<|im_end|>", "<think>", "</think>"]
 TEMPLATE = (
