@@ -78,7 +78,7 @@ class Args(tunix_peer.Sizes):
     slow: float = 120.0
     """A side whose first round takes longer than this many seconds is not run again, and that round counts."""
     page_size: int = 16
-    decode_block: int = 4
+    decode_block: int = 8
     prefill_rows: int = 8
 
 

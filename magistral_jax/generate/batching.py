@@ -166,7 +166,6 @@ class ContinuousBatcher:
         self._start()
         self._make_room()
         started = [slot for slot, sequence in self._slots.items() if sequence.is_started]
-        started.sort(key=lambda slot: len(self._slots[slot].pages))  # rows of like length are read together
         self.ended = []
         if not started:
             return []
@@ -321,14 +320,10 @@ class ContinuousBatcher:
             temperature[slot], top_p[slot] = request.sampling.temperature, request.sampling.top_p
             if (copied := self._pages.start(sequence)) is not None:
                 source[slot], target[slot] = copied
-        is_new = np.isin(np.arange(count), list(ready))
-        arrivals = engine.Slots(
-            is_active=jnp.asarray(is_new),
-            request_id=jnp.asarray(request_id),
-            temperature=jnp.asarray(temperature),
-            top_p=jnp.asarray(top_p),
-            **{name: jnp.asarray(values) for name, values in integers.items()},
-        )
+        is_new = np.zeros(count, bool)
+        is_new[list(ready)] = True
+        floats = {"temperature": temperature, "top_p": top_p}
+        arrivals = engine.Slots(**jax.device_put(integers | floats | {"request_id": request_id, "is_active": is_new}))
         with self._turn:
             self._state = engine.admit(self._state, arrivals, is_new, source, target)
 

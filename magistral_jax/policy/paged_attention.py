@@ -9,8 +9,6 @@ A kernel of our own for GPUs (Pallas, Mosaic) would be a further branch of `_att
 likes by a branch of `pages.init_pages`; see docs/kernels.md.
 """
 
-import functools
-
 import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
@@ -24,9 +22,7 @@ from magistral_jax.policy.tpu_attention import tpu_paged_attention, why_no_tpu_p
 from magistral_jax.records import MagistralError
 
 _MASKED = -1e30  # finite, so that a row without any key gives numbers and not NaN
-_CPU_STEP = (64, 8)  # tokens and rows; see `PageReader`
-_STEP = (1024, None)  # on accelerators
-_MOST_VECTORS = 4  # queries of a KV head up to which a CPU is faster with a product for each
+_CPU_STEP, _STEP = 64, 1024  # tokens, on CPUs and on accelerators; see `PageReader`
 
 
 def choose_reader(choice: str, model: ModelConfig, *, kv_dtype: str, mesh: Mesh | None = None) -> PageReader:
@@ -56,7 +52,7 @@ def choose_reader(choice: str, model: ModelConfig, *, kv_dtype: str, mesh: Mesh 
         raise MagistralError(f"`generation.attention` is `{choice}`, but {obstacle}.")
     if choice == "auto":
         choice = next((name for name, find in obstacles.items() if not find()), "xla")
-    return PageReader(choice, mesh, *(_CPU_STEP if platform == "cpu" else _STEP))  # pyright: ignore[reportArgumentType]
+    return PageReader(choice, mesh, _CPU_STEP if platform == "cpu" else _STEP)  # pyright: ignore[reportArgumentType]
 
 
 def paged_attention(
@@ -99,16 +95,7 @@ def _attend(q: Array, pages: Pages, page_table: Array, positions: Array, is_live
         return _reference(q, pages, page_table, positions, window)
     if pages.reader.implementation == "native":
         return native_paged_attention(q, pages.keys, pages.values, page_table, positions, is_live, window)
-
-    def mix(q: Array, page_table: Array, positions: Array, is_live: Array) -> Array:
-        return _online_softmax(q, pages, page_table, positions, is_live, window)
-
-    rows_per_step = pages.reader.rows_per_step
-    if rows_per_step is None or q.shape[1] > 1 or q.shape[0] % rows_per_step:
-        return mix(q, page_table, positions, is_live)
-    split = lambda x: x.reshape(-1, rows_per_step, *x.shape[1:])
-    groups = jax.tree.map(split, (q, page_table, positions, is_live))
-    return jax.lax.map(lambda group: mix(*group), groups).reshape(q.shape)
+    return _online_softmax(q, pages, page_table, positions, is_live, window)
 
 
 def _reference(
@@ -155,7 +142,6 @@ def _online_softmax(
     grouped = q.reshape(rows, tokens, kv_heads, group, size).transpose(0, 2, 3, 1, 4)
     grouped = grouped.reshape(rows, kv_heads, group * tokens, size).astype(dtype)
     query_position = jnp.tile(positions, (1, group))[:, None, :, None]
-    by_query = pages.reader.rows_per_step is not None and grouped.shape[2] <= _MOST_VECTORS
 
     def read(step: Int[Array, ""], carry: tuple[Array, Array, Array]) -> tuple[Array, Array, Array]:
         highest, mass, mixed = carry
@@ -164,7 +150,7 @@ def _online_softmax(
         k, v = (
             gather(pool).reshape(rows, kv_heads, step_tokens, size).astype(dtype) for pool in (pages.keys, pages.values)
         )
-        scores = _scores(grouped, k, by_query=by_query) * size**-0.5
+        scores = jnp.einsum("bkqe,bkse->bkqs", grouped, k, preferred_element_type=jnp.float32) * size**-0.5
         if pages.key_scale is not None:
             scores *= gather(pages.key_scale).reshape(rows, kv_heads, 1, step_tokens)
         key_position = (step * step_tokens + jnp.arange(step_tokens))[None, None, None, :]
@@ -187,13 +173,6 @@ def _online_softmax(
     mixed = (mixed / mass[..., None]).astype(q.dtype)
     mixed = mixed.reshape(rows, kv_heads, group, tokens, size).transpose(0, 3, 1, 2, 4)
     return mixed.reshape(q.shape)
-
-
-def _scores(q: Float[Array, "B K Q E"], k: Float[Array, "B K S E"], *, by_query: bool) -> Float[Array, "B K Q S"]:
-    if not by_query:
-        return jnp.einsum("bkqe,bkse->bkqs", q, k, preferred_element_type=jnp.float32)
-    product = functools.partial(jnp.einsum, "bke,bkse->bks", preferred_element_type=jnp.float32)
-    return jnp.stack([product(q[:, :, i], k) for i in range(q.shape[2])], axis=2)
 
 
 def _step_range(

@@ -29,9 +29,6 @@ class PageReader:
     tokens_per_step: int = 64
     """Keys that `xla` reads in one step of its online softmax, rounded to whole pages. Few of them stay in the cache of
     a CPU; many of them are few kernels to launch on an accelerator."""
-    rows_per_step: int | None = None
-    """Rows that `xla` decodes at a time, each group of rows as far as its longest; None is all of them at once. For
-    CPUs, as above; scores are then products of a matrix and a vector, for which XLA has faster code there."""
 
 
 ONE_DEVICE = PageReader()

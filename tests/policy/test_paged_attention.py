@@ -110,16 +110,6 @@ def test_ragged_rows_read_up_to_their_own_positions(implementation: str):
     np.testing.assert_allclose(result[:, 0], jnp.stack([whole[0, 8], whole[1, 2]]), rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize("dtype", ["float32", "int8"])
-def test_rows_that_are_decoded_group_by_group_are_what_they_are_together(dtype: str):
-    q, k, v = example(5)
-    pages = write(pool(0.0, dtype=dtype), k, v, TABLE, positions_of(), jnp.ones((ROWS, TOKENS), bool))
-    now, positions, is_live = q[:, 8:9], jnp.asarray([[8], [2]]), jnp.asarray([[True], [True]])
-    together = read(now, pages, TABLE, positions, is_live, window=None)
-    pages = dataclasses.replace(pages, reader=PageReader("xla", None, tokens_per_step=PAGE, rows_per_step=1))
-    np.testing.assert_allclose(read(now, pages, TABLE, positions, is_live, window=None), together, rtol=1e-4, atol=1e-5)
-
-
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
 def test_a_row_without_a_live_token_gives_finite_numbers_and_disturbs_nobody(implementation: str):
     q, k, v = example(9)
