@@ -7,8 +7,10 @@ from typing import Any
 import jax
 import pytest
 
+from magistral_jax.commands import setup
 from magistral_jax.commands.setup import load_model, make_batcher, open_run, place_engine
 from magistral_jax.config import Config, dump, load
+from magistral_jax.policy import paged_attention
 from magistral_jax.policy.config import MeshConfig
 from magistral_jax.policy.sharding import make_mesh
 from magistral_jax.records import MagistralError
@@ -53,6 +55,19 @@ def test_one_device_that_nobody_leaves_free_is_shared_and_needs_no_mesh(
     batcher = make_batcher(config, model, make_mesh(MeshConfig(fsdp=4, tensor=2)))
     assert batcher.reader.mesh is None
     assert f"on {jax.devices()[0]}, shared with the trainer" in capsys.readouterr().err
+
+
+def test_a_cpu_without_our_kernel_says_why(
+    config: Config, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+):
+    narrow = dataclasses.replace(config, generation=dataclasses.replace(config.generation, kv_dtype="int8"))
+    make_batcher(narrow, load_model(narrow))
+    assert "read by `xla` (generation.attention = auto)" in (said := capsys.readouterr().err)
+    assert "; `native` is not used, as its kernel" in said
+    for module in (setup, paged_attention):
+        monkeypatch.setattr(module, "why_no_native_pages", lambda *_: "there is no C++ compiler `c++`")
+    make_batcher(config, load_model(config))
+    assert "; `native` is not used, as there is no C++ compiler `c++`" in capsys.readouterr().err
 
 
 def test_a_resume_may_have_other_devices_and_no_other_numbers(tiny: Any, tmp_path: pathlib.Path):
