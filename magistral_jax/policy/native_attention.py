@@ -56,16 +56,7 @@ def native_paged_attention(
     is_live: Bool[Array, "B T"],
     window: int | None,
 ) -> Float[Array, "B T H E"]:
-    """`paged_attention`; a query that is not live gives zeros.
-
-    Args:
-      q: Queries.
-      keys: Pages of float32 or bfloat16.
-      values: The same.
-      page_table: Pages of each row, in order.
-      positions: Of the queries in their sequences.
-      is_live: False on padding and in rows that are not in use.
-      window: A token reads this many tokens, itself included; None is all.
+    """`paged_attention`, with the same arguments, over pages of float32 or bfloat16; queries not live give zeros.
 
     Raises:
       MagistralError: The kernel cannot be compiled here.
