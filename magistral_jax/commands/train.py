@@ -68,15 +68,13 @@ def run(config: Config, leader: Leader, mesh: Mesh) -> None:
     model = load_model(config, mesh)
     attention = describe_training_attention(config, model)
     training, loader, held_out_prompts = load_data(config, model)
+    batcher = make_batcher(config, model, mesh)  # finds mistakes, too, so it comes before anything is written
     start_run(folder, config, loader)
     training.report(folder)
     say(attention)
     curriculum = make_curriculum(config, loader, say)
-
-    # ---- trainer and generator ----
     trainer = lead(make_trainer(config, model, mesh), leader)
     check_base(folder, trainer.part)
-    batcher = make_batcher(config, model, mesh)
 
     with contextlib.ExitStack() as stack:
         checkpoints = stack.enter_context(open_checkpoints(config, folder / "checkpoints", leader))

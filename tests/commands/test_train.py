@@ -278,6 +278,14 @@ def test_nothing_to_resume_is_said(tmp_path: pathlib.Path, refusal: Callable[...
     assert not (tmp_path / "none").exists()
 
 
+@pytest.mark.parametrize("settings", [{"generation.attention": "tpu"}, {"generation.num_pages": 2}], ids=str)
+def test_an_engine_that_cannot_be_made_leaves_no_run_behind(
+    tmp_path: pathlib.Path, refusal: Callable[..., str], settings: dict[str, Any]
+):
+    assert "`generation." in refusal("train", {"run.folder": tmp_path / "run"} | settings)
+    assert not (tmp_path / "run").exists()
+
+
 # --- a full disk, and a longer run -----------------------------------------------------------------------------------
 
 # From the first save on, files may not grow past 64 KiB: lines fit, arrays do not. Python ignores SIGXFSZ, so that a
