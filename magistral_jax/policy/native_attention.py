@@ -1,8 +1,8 @@
 """The CPU kernel: attention to KV pages in C++, called by XLA through jax's foreign functions.
 
 XLA for CPUs cannot read pages where they lie: it gathers them first, in many small kernels, which takes 2.5 times as
-long and more (docs/kernels.md). The source is compiled when it is first needed, for this very processor, and kept in the user's
-cache: `magistral_jax` in $XDG_CACHE_HOME or ~/.cache.
+long and more (docs/kernels.md). The source is compiled when it is first needed, for this very processor, and kept in
+the user's cache: `magistral_jax` in $XDG_CACHE_HOME or ~/.cache.
 """
 
 import ctypes
